@@ -1,0 +1,94 @@
+"""The rules about what a caller passes to attention: each one once, as a function, with its words.
+
+Only shapes, dtypes and devices are read, never values, so that the checks cost no synchronisation and can be traced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from weft_attn.errors import InvalidInput, require
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def is_tensor(x: Any, name: str, ndim: int, layout: str) -> None:
+    require(isinstance(x, torch.Tensor), f"{name} is a tensor", expected="torch.Tensor", given=type(x).__name__)
+    require(x.ndim == ndim, f"{name} has {ndim} dimensions", expected=layout, given=tuple(x.shape))
+
+
+def qkv(q: Any, k: Any, v: Any, *, packed: bool) -> None:
+    """Shapes, dtypes, devices and head counts of q, k and v; (T, H, D) when packed, (B, S, H, D) otherwise."""
+    ndim = 3 if packed else 4
+    lead = "tokens" if packed else "batch, seqlen"
+    for x, name, dim in ((q, "q", "D"), (k, "k", "D"), (v, "v", "Dv")):
+        is_tensor(x, name, ndim, f"({lead}, heads, {dim})")
+    require(q.dtype in DTYPES, "q, k and v are fp16, bf16 or fp32", expected=DTYPES, given=q.dtype)
+    require(k.dtype == q.dtype and v.dtype == q.dtype, "q, k and v share a dtype", expected=q.dtype, given=(k.dtype, v.dtype))
+    require(
+        k.device == q.device and v.device == q.device,
+        "q, k and v share a device",
+        expected=q.device,
+        given=(k.device, v.device),
+    )
+    require(
+        k.shape[:-1] == v.shape[:-1],
+        "k and v agree in all but head dim",
+        expected=tuple(k.shape[:-1]),
+        given=tuple(v.shape[:-1]),
+    )
+    require(q.shape[-1] == k.shape[-1], "q and k share a head dim", expected=q.shape[-1], given=k.shape[-1])
+    for x, name in ((q, "q and k"), (v, "v")):
+        require(
+            8 <= x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % 8 == 0,
+            f"the head dim of {name} is a multiple of 8 up to {MAX_HEAD_DIM}",
+            expected=f"8, 16, ..., {MAX_HEAD_DIM}",
+            given=x.shape[-1],
+        )
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    require(
+        kv_heads >= 1 and heads >= 1 and heads % kv_heads == 0,
+        "query heads are a multiple of KV heads",
+        expected="Hq % Hkv == 0, both at least 1",
+        given=f"Hq={heads}, Hkv={kv_heads}",
+    )
+    if not packed:
+        require(q.shape[0] == k.shape[0], "q and k share a batch", expected=q.shape[0], given=k.shape[0])
+
+
+def totals(q: torch.Tensor, k: torch.Tensor, total_q: int, total_k: int, owner: str) -> None:
+    """The packed rows match what the plan or cu_seqlens say."""
+    require(q.shape[0] == total_q, f"q has the rows of {owner}", expected=total_q, given=q.shape[0])
+    require(k.shape[0] == total_k, f"k and v have the rows of {owner}", expected=total_k, given=k.shape[0])
+
+
+def number(value: Any, name: str) -> float:
+    """A finite, non-negative Python number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidInput(f"{name} is a number: expected a finite float >= 0, given {value!r}")
+    require(math.isfinite(value) and value >= 0, f"{name} is finite and not negative", expected=">= 0", given=value)
+    return float(value)
+
+
+def scale(value: Any, head_dim: int) -> float:
+    """softmax_scale, D ** -0.5 by default."""
+    return head_dim**-0.5 if value is None else number(value, "softmax_scale")
+
+
+def flag(value: Any, name: str) -> bool:
+    require(isinstance(value, bool), f"{name} is a bool", expected="True or False", given=repr(value))
+    return bool(value)
+
+
+def sink_logits(sinks: Any, q: torch.Tensor) -> None:
+    """sinks: (Hq,) floating point on q's device."""
+    if sinks is None:
+        return
+    is_tensor(sinks, "sinks", 1, "(Hq,)")
+    require(sinks.shape[0] == q.shape[-2], "sinks has one logit per query head", expected=q.shape[-2], given=sinks.shape[0])
+    require(sinks.dtype in DTYPES, "sinks is fp16, bf16 or fp32", expected=DTYPES, given=sinks.dtype)
+    require(sinks.device == q.device, "sinks is on q's device", expected=q.device, given=sinks.device)

@@ -1,0 +1,106 @@
+"""Row statistics that both backward kernels read, one pass over out and its gradient.
+
+    delta_i = sum_d dout_id * out_id - dlse_i          (dS_ij = P_ij * (dP_ij - delta_i))
+    lse_log2_i = lse_i * log2(e), +inf where lse_i is -inf, so that exp2(s - lse_log2) is 0 there
+
+out, dout (Tq, Hq, Dv); lse, dlse (Hq, Tq) float32, natural log; delta, lse_log2 (Hq, Tq) float32. Deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.triton.forward import padded_head_dim
+from weft_attn.kernels.triton.tiles import LOG2_E, load_rows
+
+
+@triton.jit
+def attention_delta_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    delta_ptr,
+    lse_log2_ptr,
+    stride_ot,
+    stride_oh,
+    stride_dot,
+    stride_doh,
+    stride_lse_h,
+    stride_dlse_h,
+    total_q,
+    n_heads,
+    HEAD_DIM_V: tl.constexpr,
+    HEAD_DIM_V_PADDED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
+):
+    head = tl.program_id(0) % n_heads
+    rows = tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < total_q
+    offsets = rows.to(tl.int64)
+    out_base = out_ptr + head.to(tl.int64) * stride_oh
+    dout_base = dout_ptr + head.to(tl.int64) * stride_doh
+    # (BLOCK_ROWS, Dv)
+    out_tile = load_rows(out_base, offsets * stride_ot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
+    dout_tile = load_rows(dout_base, offsets * stride_dot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
+    delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + head.to(tl.int64) * stride_dlse_h + offsets, mask=row_mask, other=0.0)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lse_h + offsets, mask=row_mask, other=0.0)
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    tl.store(delta_ptr + head.to(tl.int64) * total_q + offsets, delta, mask=row_mask)
+    tl.store(lse_log2_ptr + head.to(tl.int64) * total_q + offsets, lse_log2, mask=row_mask)
+
+
+def delta_call(
+    *,
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    delta: torch.Tensor,
+    lse_log2: torch.Tensor,
+    config: Any,
+) -> KernelCall:
+    """The delta launch.
+
+    Args:
+        out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
+        delta, lse_log2: (Hq, Tq) contiguous float32, written.
+        config: a launch `DeltaConfig`.
+    """
+    total_q, heads, head_dim_v = out.shape
+    return KernelCall(
+        kernel=attention_delta_kernel,
+        grid=(triton.cdiv(total_q, config.block_rows) * heads,),
+        arguments=dict(
+            out_ptr=out,
+            dout_ptr=dout,
+            lse_ptr=lse,
+            dlse_ptr=dlse,
+            delta_ptr=delta,
+            lse_log2_ptr=lse_log2,
+            stride_ot=out.stride(0),
+            stride_oh=out.stride(1),
+            stride_dot=dout.stride(0),
+            stride_doh=dout.stride(1),
+            stride_lse_h=lse.stride(0),
+            stride_dlse_h=0 if dlse is None else dlse.stride(0),
+            total_q=total_q,
+            n_heads=heads,
+        ),
+        constants=dict(
+            HEAD_DIM_V=head_dim_v,
+            HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),
+            BLOCK_ROWS=config.block_rows,
+            HAS_DLSE=dlse is not None,
+        ),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,139 @@
+"""What the Triton kernels share: which item a program works on, how a tile is read, how raw products become scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Triton's interpreter multiplies the bits of bfloat16 operands as integers; their float32 product is the same number exactly.
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Layout of an item, see ITEM_FIELDS in plan/stream.py.
+ITEM_WIDTH = tl.constexpr(8)
+ITEM_ROW = tl.constexpr(0)
+ITEM_N_ROWS = tl.constexpr(1)
+ITEM_INTERIOR_RUN = tl.constexpr(2)
+ITEM_INTERIOR_TILES = tl.constexpr(3)
+ITEM_EDGE_RUN = tl.constexpr(4)
+ITEM_EDGE_TILES = tl.constexpr(5)
+ITEM_SLOT = tl.constexpr(6)
+
+
+@triton.jit
+def program_item_and_head(n_items, n_heads, heads_per_wave):
+    """Which item and head this program works on.
+
+    Waves of `heads_per_wave` heads, whose keys and values fit the L2 cache together; inside a wave longest items first, and
+    for each item the wave's heads next to each other, so that heads that share a KV head read its tiles at the same time.
+    """
+    pid = tl.program_id(0)
+    wave = pid // (n_items * heads_per_wave)
+    first_head = wave * heads_per_wave
+    heads = tl.minimum(heads_per_wave, n_heads - first_head)
+    within = pid - wave * n_items * heads_per_wave
+    return within // heads, first_head + within % heads
+
+
+@triton.jit
+def load_rows(
+    ptr,
+    offsets,
+    row_mask,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    CACHE: tl.constexpr = "",
+):
+    """A (rows, HEAD_DIM_PADDED) tile whose row r begins at ptr + offsets[r]; masked rows and padded columns read as zero.
+
+    Columns of a row are contiguous.
+    """
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    ptrs = ptr + offsets[:, None] + dims[None, :]
+    if HEAD_DIM != HEAD_DIM_PADDED:
+        if IS_MASKED:
+            return tl.load(ptrs, mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :], other=0.0, cache_modifier=CACHE)
+        return tl.load(ptrs, mask=(dims < HEAD_DIM)[None, :], other=0.0, cache_modifier=CACHE)
+    if IS_MASKED:
+        return tl.load(ptrs, mask=row_mask[:, None], other=0.0, cache_modifier=CACHE)
+    return tl.load(ptrs, cache_modifier=CACHE)
+
+
+@triton.jit
+def load_stream_tile(
+    ptr,
+    desc,
+    head,
+    col,
+    col_stop,
+    stride_row,
+    stride_head,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    CACHE: tl.constexpr,
+):
+    """Rows [col, col + BLOCK) of one head of a (tokens, heads, dim) tensor.
+
+    Interior tiles may come through a tensor descriptor over [tokens, heads * dim]. Edge tiles never do: rows from `col_stop` on
+    are another slice's, or a gather buffer's padding, and must read as zero, because zero times NaN is NaN.
+    """
+    if USE_TMA and not IS_MASKED:
+        return desc.load([col, (head * stride_head).to(tl.int32)])
+    rows = tl.arange(0, BLOCK)
+    base = ptr + col.to(tl.int64) * stride_row + head.to(tl.int64) * stride_head
+    return load_rows(base, rows * stride_row, col + rows < col_stop, HEAD_DIM, HEAD_DIM_PADDED, IS_MASKED, CACHE)
+
+
+@triton.jit
+def store_rows(
+    ptr, offsets, row_mask, tile, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr
+):
+    """Write a (rows, HEAD_DIM_PADDED) tile in the dtype of `ptr`; the twin of `load_rows`."""
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    mask = row_mask[:, None]
+    if HEAD_DIM != HEAD_DIM_PADDED:
+        mask = mask & (dims < HEAD_DIM)[None, :]
+    tl.store(ptr + offsets[:, None] + dims[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a @ b accumulated in float32."""
+    if IS_INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a @ b in float32."""
+    if IS_INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent to float32 precision, on any target: a series near zero, where the quotient would cancel."""
+    magnitude = tl.abs(x)
+    decay = tl.exp2(magnitude * (-2.0 * LOG2_E))
+    quotient = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(x < 0, -quotient, quotient)
+    square = x * x
+    series = 62.0 / 2835.0
+    series = series * square - 17.0 / 315.0
+    series = series * square + 2.0 / 15.0
+    series = series * square - 1.0 / 3.0
+    near = x + x * square * series
+    return tl.where(magnitude < 0.25, near, far)
+
+
+@triton.jit
+def cap_scores(products, inner_scale):
+    """tanh of the scaled products: what softcap multiplies. Its slope is 1 minus its square."""
+    return tanh(products * inner_scale)

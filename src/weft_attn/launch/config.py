@@ -1,0 +1,128 @@
+"""Every launch parameter is a field of one of these frozen configs: the techniques of the kernels, as switches.
+
+Tiles are powers of two. `cache_modifier` is the cache operator of the streamed tiles' loads ("" the default, ".cg" bypasses L1;
+without meaning for tensor-descriptor loads). `use_tma` reads interior tiles through tensor descriptors (Hopper and later; where
+the tensors' alignment forbids it the same kernel reads through pointers, and the choice says so). `wave_bytes` bounds the bytes
+of the streamed tensors that the heads in flight touch together, so that they stay in the L2 cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from weft_attn.errors import WeftError, require
+
+CACHE_MODIFIERS = ("", ".ca", ".cg")
+
+
+class InvalidConfig(WeftError):
+    """A launch config breaks a rule of its own or cannot run on the device."""
+
+
+def _check_tile(name: str, value: int) -> None:
+    require(
+        isinstance(value, int) and value >= 16 and value & (value - 1) == 0,
+        f"{name} is a tile size",
+        expected="a power of two >= 16",
+        given=value,
+        error=InvalidConfig,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """What all configs share. Subclasses name their kernel."""
+
+    kernel: ClassVar[str]
+
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("block_"):
+                _check_tile(field.name, value)
+            if field.name == "cache_modifier":
+                require(
+                    value in CACHE_MODIFIERS,
+                    "cache_modifier is known",
+                    expected=f"one of {CACHE_MODIFIERS}",
+                    given=repr(value),
+                    error=InvalidConfig,
+                )
+        require(
+            self.num_warps in (1, 2, 4, 8, 16),
+            "num_warps is a power of two",
+            expected="1, 2, 4, 8 or 16",
+            given=self.num_warps,
+            error=InvalidConfig,
+        )
+        require(
+            1 <= self.num_stages <= 8, "num_stages is in range", expected="1..8", given=self.num_stages, error=InvalidConfig
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig(LaunchConfig):
+    """A kernel that keeps one tile and walks a stream of others."""
+
+    block_q: int
+    block_k: int
+    cache_modifier: str = ""
+    use_tma: bool = False
+    wave_bytes: int = 32 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig(StreamConfig):
+    """Forward: `block_q` rows against key tiles of `block_k`.
+
+    identity_dot keeps Q in registers by multiplying it with the identity (an Ampere-era trick). programs_per_sm: programs that
+    run on a multiprocessor at a time, what split-KV aims at when query rows are few.
+    """
+
+    kernel: ClassVar[str] = "forward"
+
+    identity_dot: bool = False
+    programs_per_sm: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardDkdvConfig(StreamConfig):
+    """dK and dV: `block_k` keys against query tiles of `block_q`."""
+
+    kernel: ClassVar[str] = "backward_dkdv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackwardDqConfig(StreamConfig):
+    """dQ: `block_q` rows against key tiles of `block_k`; identity_dot as in the forward."""
+
+    kernel: ClassVar[str] = "backward_dq"
+
+    identity_dot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineConfig(LaunchConfig):
+    """Combining split items: `block_slots` parts are read at a time."""
+
+    kernel: ClassVar[str] = "combine"
+
+    block_slots: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaConfig(LaunchConfig):
+    """Row statistics of the backward: `block_rows` rows of one head a program."""
+
+    kernel: ClassVar[str] = "delta"
+
+    block_rows: int = 64
+
+
+CONFIGS: dict[str, type[LaunchConfig]] = {
+    c.kernel: c for c in (ForwardConfig, BackwardDkdvConfig, BackwardDqConfig, CombineConfig, DeltaConfig)
+}

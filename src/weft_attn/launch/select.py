@@ -1,0 +1,214 @@
+"""Which numbers a kernel runs with: one function, one order.
+
+    the caller's override, the exact device's table, the architecture's table, the analytic default
+
+and otherwise an error that says what was asked. A table is a TOML file in `tables/`; a row that a device cannot launch is never
+chosen, because `resources.py` computes what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tomllib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from importlib import resources as package_files
+from typing import Any
+
+from weft_attn.errors import Unsupported
+from weft_attn.launch.config import CONFIGS, InvalidConfig, LaunchConfig, StreamConfig
+from weft_attn.launch.device import Device
+from weft_attn.launch.resources import Shape, shortfall
+
+MANY_ROWS = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What selection looks at.
+
+    Attributes:
+        head_dim, head_dim_v: D and Dv.
+        dtype_bits: 16 or 32.
+        few_rows: rows of a packed query tile that hold work when query rows are few and keys are split; MANY_ROWS otherwise.
+        tma_possible: the tensors' alignment allows tensor descriptors.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    dtype_bits: int
+    few_rows: int = MANY_ROWS
+    tma_possible: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.head_dim, self.head_dim_v, self.dtype_bits)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config, where it came from and why."""
+
+    config: LaunchConfig
+    source: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A table's row: what it serves, the numbers, and what was measured with them.
+
+    Attributes:
+        head_dim: serves padded head dims up to this.
+        dtype_bits: serves this width.
+        few_rows: serves packed tiles of up to this many rows when keys are split; MANY_ROWS: full tiles.
+    """
+
+    table: str
+    head_dim: int
+    dtype_bits: int
+    few_rows: int
+    config: LaunchConfig
+    measured: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One TOML file: rows for an architecture, or for one device of it."""
+
+    name: str
+    arch: str
+    device: str | None
+    rows: tuple[Row, ...]
+
+
+@lru_cache(maxsize=1)
+def tables() -> tuple[Table, ...]:
+    """All tables of the package, parsed once."""
+    found = []
+    for entry in sorted((package_files.files("weft_attn.launch") / "tables").iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".toml"):
+            found.append(parse_table(entry.name.removesuffix(".toml"), entry.read_text(encoding="utf-8")))
+    return tuple(found)
+
+
+def parse_table(name: str, text: str) -> Table:
+    """A table from its TOML text; an unknown key or kernel is an error, not ignored."""
+    data = tomllib.loads(text)
+    match = data.pop("match")
+    rows = []
+    for kernel, entries in data.items():
+        if kernel not in CONFIGS:
+            raise InvalidConfig(f"table {name} names known kernels: expected one of {sorted(CONFIGS)}, given {kernel!r}")
+        names = {f.name for f in fields(CONFIGS[kernel])}
+        for entry in entries:
+            numbers = {key: entry.pop(key) for key in list(entry) if key in names}
+            rows.append(Row(table=name, config=CONFIGS[kernel](**numbers), **{"few_rows": MANY_ROWS, **entry}))
+    return Table(name, match["arch"], match.get("device"), tuple(rows))
+
+
+_overrides: ContextVar[dict[str, LaunchConfig]] = ContextVar("weft_launch_overrides", default={})  # noqa: B039 (never mutated)
+
+
+@contextlib.contextmanager
+def override(*configs: LaunchConfig) -> Iterator[None]:
+    """Run kernels with these configs inside the scope: for tests, tuning and ablation.
+
+    Args:
+        configs: at most one per kernel; the config's type names the kernel.
+
+    Raises:
+        InvalidConfig: two configs for one kernel, or something that is no config. A config that the device cannot hold raises
+            when its kernel is to be launched; it is never replaced.
+    """
+    chosen = dict(_overrides.get())
+    seen: set[str] = set()
+    for config in configs:
+        if not isinstance(config, LaunchConfig) or config.kernel in seen:
+            raise InvalidConfig(f"override takes one config per kernel: expected distinct configs, given {configs}")
+        seen.add(config.kernel)
+        chosen[config.kernel] = config
+    token = _overrides.set(chosen)
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def current_overrides() -> tuple[LaunchConfig, ...]:
+    """The configs of the innermost scopes, hashable: part of what a prepared launch depends on."""
+    return tuple(_overrides.get().values())
+
+
+def select(kernel: str, problem: Problem, device: Device) -> Choice:
+    """The config that `kernel` runs with for `problem` on `device`.
+
+    Raises:
+        InvalidConfig: an override that the device cannot hold.
+        Unsupported: no config fits the device.
+    """
+    overridden = _overrides.get().get(kernel)
+    if overridden is not None:
+        lacking = shortfall(overridden, problem.shape, device)
+        if lacking:
+            raise InvalidConfig(f"the overriding {kernel} config fits {device.name}: {lacking}, given {overridden}")
+        if isinstance(overridden, StreamConfig) and overridden.use_tma and not tma_usable(problem, device):
+            raise InvalidConfig(
+                f"the overriding {kernel} config fits the tensors: expected use_tma=False for head dims that are no power of "
+                f"two, tensors that are not 16-byte aligned, or {device.arch}; given {overridden}"
+            )
+        return Choice(overridden, "override")
+    return _select_from_tables(kernel, problem, device)
+
+
+def tma_usable(problem: Problem, device: Device) -> bool:
+    """Tensor descriptors need the hardware, aligned tensors, and heads that fill their tile's columns."""
+    powers = all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v))
+    return device.has_tma and problem.tma_possible and powers
+
+
+@lru_cache(maxsize=4096)
+def _select_from_tables(kernel: str, problem: Problem, device: Device) -> Choice:
+    rejected = []
+    for source, rows in _candidates(kernel, problem, device):
+        for row in rows:
+            config, note = row.config, row.note
+            if isinstance(config, StreamConfig) and config.use_tma and not tma_usable(problem, device):
+                config = replace(config, use_tma=False)
+                note = f"{note}; reads through pointers: these tensors cannot be described to the copy engine".lstrip("; ")
+            lacking = shortfall(config, problem.shape, device)
+            if not lacking:
+                return Choice(config, source, note)
+            rejected.append(f"{source}: {lacking}")
+    raise Unsupported(
+        f"a {kernel} config fits {device.name} ({device.arch}) for head dims {problem.head_dim}/{problem.head_dim_v}, "
+        f"{problem.dtype_bits}-bit: expected a table row or override that fits, given {rejected or 'no row'}"
+    )
+
+
+def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple[str, list[Row]]]:
+    def serving(table: Table) -> list[Row]:
+        rows = [
+            row
+            for row in table.rows
+            if row.config.kernel == kernel
+            and row.dtype_bits == problem.dtype_bits
+            and row.head_dim >= problem.shape.widest
+            and (row.few_rows == MANY_ROWS) == (problem.few_rows == MANY_ROWS or kernel != "forward")
+        ]
+        # The tightest row that serves; when no few-rows tile holds all rows, the largest one.
+        return sorted(rows, key=lambda r: (r.head_dim, r.few_rows < problem.few_rows, abs(r.few_rows - problem.few_rows)))
+
+    for table in tables():
+        if table.device is not None and table.arch == device.arch and table.device in device.name:
+            yield f"device table {table.name}", serving(table)
+    for table in tables():
+        if table.device is None and table.arch == device.arch:
+            yield f"architecture table {table.name}", serving(table)
+    analytic = next(t for t in tables() if t.arch == "any")
+    yield "analytic default (largest of a short list that fits)", sorted(
+        serving(analytic), key=lambda r: -r.config.block_q * r.config.block_k if isinstance(r.config, StreamConfig) else 0
+    )

@@ -1,0 +1,58 @@
+"""How a forward is cut: full tiles, or packed heads and split keys when query rows are few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weft_attn.launch.config import ForwardConfig
+from weft_attn.launch.device import Device
+from weft_attn.launch.select import Choice, Problem, select
+from weft_attn.plan.cost import steps_of
+from weft_attn.plan.slices import Plan
+from weft_attn.plan.stream import Tiling, count_items
+
+# Below this share of the multiprocessors, programs are too few: pack heads and split the keys.
+OCCUPIED = 0.8
+# An item shorter than this is mostly start-up and combining.
+MIN_TILES = 4
+
+
+@dataclass(frozen=True)
+class ForwardCut:
+    """The forward's config, how many heads share a tile, and how the plan is cut."""
+
+    choice: Choice
+    config: ForwardConfig
+    pack: int
+    tiling: Tiling
+
+
+def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Device) -> ForwardCut:
+    """Decide how the forward of a plan runs on a device.
+
+    Full tiles of one head each, unless their number falls below 0.8 of the multiprocessors. Then the query heads of a KV head
+    share a tile (K and V are read once for all of them) and each tile's keys are split over the machine.
+    """
+    choice = select("forward", problem, device)
+    config = choice.config
+    assert isinstance(config, ForwardConfig)
+    if count_items(plan, config.block_q) * heads >= OCCUPIED * device.multiprocessors:
+        return ForwardCut(choice, config, 1, Tiling(config.block_q, config.block_k))
+
+    group = heads // kv_heads
+    few = Problem(
+        problem.head_dim, problem.head_dim_v, problem.dtype_bits, max(1, plan.total_q * group), problem.tma_possible
+    )
+    choice = select("forward", few, device)
+    config = choice.config
+    assert isinstance(config, ForwardConfig)
+    pack = max(p for p in range(1, group + 1) if group % p == 0 and p <= config.block_q)
+    rows = config.block_q // pack
+    programs = max(1, device.multiprocessors * config.programs_per_sm // (heads // pack))
+    max_tiles = max(MIN_TILES, -(-steps_of(plan, rows, config.block_k) // programs))
+    return ForwardCut(choice, config, pack, Tiling(rows, config.block_k, max_tiles))
+
+
+def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
+    """Heads whose streamed tensors fit `wave_bytes` together, at least one."""
+    return max(1, min(heads, wave_bytes // max(1, bytes_per_head)))

@@ -1,0 +1,308 @@
+"""From a plan to what a kernel walks: work items, and for each the runs of column tiles it visits.
+
+An *item* is one program's work: up to `rows_per_tile` consecutive rows, and two lists of *runs*. A run is a number of
+consecutive column tiles of `block_cols`. In an interior run every row of the item sees every column: the kernel reads it without
+a mask, and neighbouring runs of different slices are joined, since softmax does not care about slices. An edge run carries its
+slice, and the kernel asks the visibility rule's device twin for each row's interval.
+
+All interior runs of an item form one stream of tiles, all edge runs another: a kernel pays its pipeline's start twice per item,
+however many slices (documents, gathered chunks) the item sees.
+
+The backward's dK/dV kernel walks the same structure of the transposed plan: rows are keys, columns are queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
+
+IntArray = NDArray[np.int64]
+
+# Columns of the item table. NO_SLOT: the item is whole and writes the result itself.
+ITEM_FIELDS = ("row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "unused")
+NO_SLOT = -1
+# Columns of the run table; an interior run uses the first two.
+RUN_FIELDS = ("col", "n_tiles", "q_start", "q_len", "k_start", "k_len", "lo", "hi")
+# Columns of the combine table.
+COMBINE_FIELDS = ("row", "n_rows", "first_slot", "n_slots")
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel cuts a plan.
+
+    Attributes:
+        rows_per_tile: rows of an item at most (tokens, where a tile packs several heads of a token).
+        block_cols: columns of a tile.
+        max_tiles: tiles of an item at most; longer items are split and their parts combined. None: never split.
+        transposed: rows are keys and columns are queries (dK/dV).
+    """
+
+    rows_per_tile: int
+    block_cols: int
+    max_tiles: int | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A plan cut for one kernel: numpy int32 tables.
+
+    Attributes:
+        items: (n, 8) ITEM_FIELDS, longest first.
+        runs: (m, 8) RUN_FIELDS, with one row more than is used, so that a kernel may look one run ahead.
+        combines: (s, 4) COMBINE_FIELDS, one for each item that was split.
+        slots: partial results, over all split items.
+    """
+
+    items: NDArray[np.int32]
+    runs: NDArray[np.int32]
+    combines: NDArray[np.int32]
+    slots: int
+
+
+@dataclass(frozen=True)
+class DeviceStream:
+    """A `Stream` on a device, int32 tensors."""
+
+    items: torch.Tensor
+    runs: torch.Tensor
+    combines: torch.Tensor
+    n_items: int
+    n_combines: int
+    slots: int
+
+
+def device_stream(plan: Plan, tiling: Tiling, device: torch.device) -> DeviceStream:
+    """The plan's tables for a kernel on a device: built and copied once, then kept with the plan."""
+    key = (tiling, device)
+    found = plan._streams.get(key)
+    if found is None:
+        found = plan._streams[key] = _to_device(host_stream(plan, tiling), device)
+    return found
+
+
+def host_stream(plan: Plan, tiling: Tiling) -> Stream:
+    """Cut a plan into work items (see the module's text)."""
+    table = transpose(plan.rows) if tiling.transposed else plan.rows
+    total_rows = plan.total_k if tiling.transposed else plan.total_q
+    return build_stream(table, total_rows, tiling)
+
+
+def count_items(plan: Plan, rows_per_tile: int) -> int:
+    """Items of the forward before any split: what decides whether splitting is needed."""
+    return len(tile_rows(elementary_segments(plan.rows, plan.total_q), rows_per_tile))
+
+
+def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
+    # One copy for all three tables; pinned memory lets it run without stopping the host.
+    parts = [stream.items, stream.runs, stream.combines]
+    flat = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=True)
+    tensors, at = [], 0
+    for part in parts:
+        tensors.append(flat[at : at + part.size].view(part.shape))
+        at += part.size
+    return DeviceStream(*tensors, n_items=len(stream.items), n_combines=len(stream.combines), slots=stream.slots)
+
+
+def tile_rows(bounds: IntArray, rows_per_tile: int) -> IntArray:
+    """(n, 2) row ranges [start, stop) of the tiles: cuts at every segment, but whole short neighbours share a tile.
+
+    Sharing costs no matrix work (each slice's columns are visited once per tile either way) and, where neighbours see the same
+    columns (decoding with a shared prefix), reads those columns once for all.
+    """
+    lengths = np.diff(bounds)
+    if len(lengths) == 0:
+        return np.zeros((0, 2), np.int64)
+    starts = bounds[:-1]
+    short = lengths <= rows_per_tile
+    if (short[1:] & short[:-1] & (lengths[1:] + lengths[:-1] <= rows_per_tile)).any():
+        heads = _pack_short(lengths.tolist(), rows_per_tile)
+        starts = starts[heads]
+        lengths = np.diff(np.concatenate([starts, bounds[-1:]]))
+    counts = -(-lengths // rows_per_tile)
+    first = np.repeat(starts, counts) + rows_per_tile * _ramps(counts)
+    stop = np.minimum(first + rows_per_tile, np.repeat(starts + lengths, counts))
+    return np.stack([first, stop], axis=1)
+
+
+def _pack_short(lengths: list[int], capacity: int) -> list[int]:
+    """Indices of the segments that begin a tile when whole neighbours are packed greedily."""
+    heads, room = [], -1
+    for index, length in enumerate(lengths):
+        if length <= room:
+            room -= length
+        else:
+            heads.append(index)
+            room = capacity - length  # negative for a long segment: nothing joins it
+    return heads
+
+
+def _ramps(counts: IntArray) -> IntArray:
+    """0, 1, .., counts[0]-1, 0, 1, .., counts[1]-1, ..."""
+    total = int(counts.sum())
+    return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
+    """The tables of a (canonical) slice table cut by a tiling."""
+    block = tiling.block_cols
+    tiles = tile_rows(elementary_segments(table, total_rows), tiling.rows_per_tile)
+    n_tiles = len(tiles)
+
+    # Pairs (tile, slice) that meet, sorted by tile and then by column.
+    q_start, q_stop = table[:, Q_START], table[:, Q_START] + table[:, Q_LEN]
+    first_tile = np.searchsorted(tiles[:, 1], q_start, side="right")
+    stop_tile = np.searchsorted(tiles[:, 0], q_stop, side="left")
+    counts = stop_tile - first_tile
+    owner = np.repeat(np.arange(len(table)), counts)
+    tile = np.repeat(first_tile, counts) + _ramps(counts)
+    order = np.lexsort((table[owner, K_START], tile))
+    owner, tile = owner[order], tile[order]
+    piece = table[owner]
+
+    # Columns that some row of the tile sees, and columns that every row sees, counted inside the slice.
+    k_len, lo, hi = piece[:, K_LEN], piece[:, 4], piece[:, 5]
+    row_first = np.maximum(tiles[tile, 0], piece[:, Q_START]) - piece[:, Q_START]
+    row_last = np.minimum(tiles[tile, 1], piece[:, Q_START] + piece[:, Q_LEN]) - 1 - piece[:, Q_START]
+    top, bottom = visible_interval(row_first, k_len, lo, hi), visible_interval(row_last, k_len, lo, hi)
+    # Rows that see nothing at either end of the tile must not stretch the union.
+    some_first = np.minimum(np.clip(top[0], 0, k_len), k_len)
+    some_stop = np.clip(bottom[1], 0, k_len)
+    covers = row_last - row_first + 1 == tiles[tile, 1] - tiles[tile, 0]
+    all_first, all_stop = bottom[0], np.where(covers, top[1], 0)
+
+    n_cols = np.maximum(0, some_stop - some_first)
+    steps = -(-n_cols // block)
+    inner_first = np.clip(-(-(all_first - some_first) // block), 0, steps)
+    inner_stop = np.clip((all_stop - some_first) // block, inner_first, steps)
+
+    col = piece[:, K_START] + some_first
+    interior = _Runs(tile, col + inner_first * block, inner_stop - inner_first, piece).drop_empty().joined(block)
+    before = _Runs(tile, col, inner_first, piece)
+    after = _Runs(tile, col + inner_stop * block, steps - inner_stop, piece)
+    edge = _Runs.merge(before, after).drop_empty()
+
+    return _emit(tiles, n_tiles, interior, edge, tiling)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of column tiles, sorted by the row tile that walks them."""
+
+    tile: IntArray
+    col: IntArray
+    n: IntArray
+    piece: IntArray  # (n, 6) the slice, for edge runs
+
+    def take(self, index: IntArray) -> _Runs:
+        return _Runs(self.tile[index], self.col[index], self.n[index], self.piece[index])
+
+    def drop_empty(self) -> _Runs:
+        return self.take(np.flatnonzero(self.n > 0))
+
+    @staticmethod
+    def merge(one: _Runs, other: _Runs) -> _Runs:
+        both = _Runs(*(np.concatenate(pair) for pair in zip(one._fields(), other._fields(), strict=True)))
+        return both.take(np.lexsort((both.col, both.tile)))
+
+    def _fields(self) -> tuple[IntArray, ...]:
+        return self.tile, self.col, self.n, self.piece
+
+    def joined(self, block: int) -> _Runs:
+        """Runs of one tile that touch become one."""
+        if len(self.tile) < 2:
+            return self
+        touching = (self.tile[1:] == self.tile[:-1]) & (self.col[1:] == self.col[:-1] + self.n[:-1] * block)
+        head = np.flatnonzero(np.concatenate([[True], ~touching]))
+        return _Runs(self.tile[head], self.col[head], np.add.reduceat(self.n, head), self.piece[head])
+
+    def table(self) -> IntArray:
+        return np.concatenate([self.col[:, None], self.n[:, None], self.piece], axis=1)
+
+
+def _cut(runs: _Runs, steps_before: IntArray, parts: IntArray, total: IntArray, first_item: IntArray, block: int) -> _Runs:
+    """Distribute each tile's runs over its items: item p of P walks steps [p*S/P, (p+1)*S/P) of the tile's S.
+
+    `steps_before`: steps of the tile walked before each run. The `tile` of the result is the item.
+    """
+    tile = runs.tile
+    count, size = parts[tile], total[tile]
+    stop = steps_before + runs.n
+    # Item of step x is the p with p*S//P <= x < (p+1)*S//P.
+    item_of_first = ((steps_before + 1) * count - 1) // np.maximum(size, 1)
+    item_of_last = (stop * count - 1) // np.maximum(size, 1)
+    pieces = item_of_last - item_of_first + 1
+    source = np.repeat(np.arange(len(tile)), pieces)
+    part = item_of_first[source] + _ramps(pieces)
+    begin = np.maximum(steps_before[source], part * size[source] // count[source])
+    end = np.minimum(stop[source], (part + 1) * size[source] // count[source])
+    shift = begin - steps_before[source]
+    return _Runs(
+        first_item[tile[source]] + part, runs.col[source] + shift * block, end - begin, runs.piece[source]
+    ).drop_empty()
+
+
+def _steps_before(runs: _Runs, start: IntArray) -> IntArray:
+    """Steps that each run's tile walks before it, when the tile's first run begins at step start[tile]."""
+    ends = np.cumsum(runs.n)
+    starts = ends - runs.n
+    first_of_tile = np.searchsorted(runs.tile, runs.tile, side="left")
+    return starts - starts[first_of_tile] + start[runs.tile] if len(runs.tile) else starts
+
+
+def _emit(tiles: IntArray, n_tiles: int, interior: _Runs, edge: _Runs, tiling: Tiling) -> Stream:
+    interior_steps = np.bincount(interior.tile, weights=interior.n, minlength=n_tiles).astype(np.int64)
+    edge_steps = np.bincount(edge.tile, weights=edge.n, minlength=n_tiles).astype(np.int64)
+    total = interior_steps + edge_steps
+
+    parts = np.ones(n_tiles, dtype=np.int64)
+    if tiling.max_tiles is not None:
+        parts = np.maximum(1, -(-total // tiling.max_tiles))
+    first_item = np.cumsum(parts) - parts
+    n_items = int(parts.sum())
+    if n_items != n_tiles:
+        zero = np.zeros(n_tiles, np.int64)
+        before_edge = _steps_before(edge, interior_steps)
+        interior = _cut(interior, _steps_before(interior, zero), parts, total, first_item, tiling.block_cols)
+        edge = _cut(edge, before_edge, parts, total, first_item, tiling.block_cols)
+
+    item_tile = np.repeat(np.arange(n_tiles), parts)
+    items = np.zeros((n_items, len(ITEM_FIELDS)), np.int64)
+    items[:, 0] = tiles[item_tile, 0]
+    items[:, 1] = tiles[item_tile, 1] - tiles[item_tile, 0]
+    items[:, 3] = np.bincount(interior.tile, weights=interior.n, minlength=n_items)
+    items[:, 5] = np.bincount(edge.tile, weights=edge.n, minlength=n_items)
+    items[:, 2] = np.searchsorted(interior.tile, np.arange(n_items), side="left")
+    items[:, 4] = len(interior.tile) + np.searchsorted(edge.tile, np.arange(n_items), side="left")
+
+    split = parts[item_tile] > 1
+    slot = np.where(split, np.cumsum(split) - 1, NO_SLOT)
+    items[:, 6] = slot
+    split_tiles = np.flatnonzero(parts > 1)
+    combines = np.stack(
+        [
+            tiles[split_tiles, 0],
+            tiles[split_tiles, 1] - tiles[split_tiles, 0],
+            slot[first_item[split_tiles]],
+            parts[split_tiles],
+        ],
+        axis=1,
+    )
+
+    runs = np.concatenate([interior.table(), edge.table(), np.zeros((1, len(RUN_FIELDS)), np.int64)])
+    longest_first = np.argsort(-(items[:, 3] + items[:, 5]), kind="stable")
+    return Stream(
+        items=items[longest_first].astype(np.int32),
+        runs=np.ascontiguousarray(runs, dtype=np.int32),
+        combines=combines.astype(np.int32),
+        slots=int(split.sum()),
+    )
