@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from weft_attn import checks, ops
+from weft_attn import checks, ops  # noqa: F401 (ops defines the operators)
 from weft_attn.errors import require
 from weft_attn.plan import build
 from weft_attn.plan.slices import Plan
@@ -62,6 +62,7 @@ def attention(
     Source: online softmax and its backward as in FlashAttention-2 (Dao, 2023).
     """
     checks.qkv(q, k, v, packed=False)
+    checks.flag(return_lse, "return_lse")
     left, right = build.checked_window(window)
     batch, seqlen_q, heads, _ = q.shape
     out, lse = _call(
@@ -76,7 +77,7 @@ def attention(
         deterministic,
     )
     out = out.view(batch, seqlen_q, heads, v.shape[3])
-    if checks.flag(return_lse, "return_lse"):
+    if return_lse:
         return out, lse.view(heads, batch, seqlen_q).transpose(0, 1)
     return out
 
@@ -171,8 +172,9 @@ def plan_attention(
     checks.qkv(q, k, v, packed=True)
     require(isinstance(plan, Plan), "plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
     checks.totals(q, k, plan.total_q, plan.total_k, "the plan")
+    checks.flag(return_lse, "return_lse")
     out, lse = _call(q, k, v, plan, (1, False, None, None), softmax_scale, softcap, sinks, deterministic)
-    return (out, lse) if checks.flag(return_lse, "return_lse") else out
+    return (out, lse) if return_lse else out
 
 
 def _call(
@@ -193,7 +195,7 @@ def _call(
         v,
         # Outside the operator, so that autograd casts the gradient back to the caller's dtype.
         None if sinks is None else sinks.to(torch.float32),
-        None if plan is None else ops.register_plan(plan),
+        None if plan is None else plan.table,
         *dense,
         checks.scale(softmax_scale, q.shape[2]),
         checks.number(softcap, "softcap"),

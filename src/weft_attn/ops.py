@@ -9,7 +9,6 @@ CPU tensors run the reference. With TRITON_INTERPRET=1 they run the Triton kerne
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,7 +20,7 @@ from weft_attn.launch.config import StreamConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.select import Problem, current_overrides, select
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave
-from weft_attn.plan.slices import Plan
+from weft_attn.plan.slices import Plan, live_plans
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
 from weft_attn.reference import reference_attention
 
@@ -39,15 +38,6 @@ _library.define(
 
 
 # ---- plans across the operator boundary -----------------------------------------------------------------------------------
-
-_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
-
-
-def register_plan(plan: Plan) -> torch.Tensor:
-    """The plan's slice table, remembered so that the operator finds the plan (and its cached device tables) again."""
-    _plans[plan.table.data_ptr()] = plan
-    return plan.table
-
 
 @lru_cache(maxsize=256)
 def _dense_plan(
@@ -68,7 +58,7 @@ def _plan_of(
     if slices is None:
         lengths = (total_q // batch, total_k // batch) if batch else (0, 0)
         return _dense_plan(batch, *lengths, causal, (window_left, window_right))
-    plan = _plans.get(slices.data_ptr()) if len(slices) else None
+    plan = live_plans.get(slices.data_ptr()) if len(slices) else None
     if plan is None or plan.table.shape != slices.shape or (plan.total_q, plan.total_k) != (total_q, total_k):
         # A table that is not a live plan's own (a copy made by a graph or a test): the same cells, built again.
         plan = Plan._from_table(slices.numpy().astype("int64"), total_q, total_k)
@@ -252,34 +242,36 @@ def _backward_kernels(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
     from weft_attn.kernels.triton.backward_dq import backward_dq_call
-    from weft_attn.kernels.triton.delta import delta_call
+    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, empty_stats
 
     q, k, v, dout, out = (_contiguous_rows(x) for x in (q, k, v, dout, out))
     if dlse is not None:
         dlse = _contiguous_rows(dlse)
-    # The streamed tensors of both kernels: one problem, so that both are chosen alike.
-    problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v, dout))
+    heads, total_q = q.shape[1], q.shape[0]
+    # One problem for both kernels, so that both are chosen alike. The copy engine counts elements in int32.
+    describable = _describable(q, k, v, dout) and SHIFTED_COPIES * heads * total_q < 2**31
+    problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
     device = device_of(q.device)
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
-    lse_log2 = torch.empty_like(delta)
     dq = q.new_empty(q.shape if needs_dq else (0,))
     dk = k.new_empty(k.shape if needs_dkv else (0,), dtype=dkv_dtype)
     dv = v.new_empty(v.shape if needs_dkv else (0,), dtype=dkv_dtype)
-    if q.shape[0]:
+    dkdv = prepare_backward("backward_dkdv", plan, problem, q, k, v)
+    copies = SHIFTED_COPIES if needs_dkv and dkdv.config.use_tma else 1
+    delta, lse_log2 = (empty_stats(heads, total_q, copies, q.device) for _ in range(2))
+    if total_q:
         config = select("delta", problem, device).config
         delta_call(out=out, dout=dout, lse=lse, dlse=dlse, delta=delta, lse_log2=lse_log2, config=config).launch()
     shared = dict(q=q, k=k, v=v, dout=dout, lse_log2=lse_log2, delta=delta, softmax_scale=softmax_scale, softcap=softcap)
     if needs_dkv and k.shape[0]:
-        ready = prepare_backward("backward_dkdv", plan, problem, q, k, v)
         backward_dkdv_call(
             **shared,
             dk=dk,
             dv=dv,
-            items=ready.stream.items,
-            runs=ready.stream.runs,
-            n_items=ready.stream.n_items,
-            heads_per_wave=ready.wave,
-            config=ready.config,
+            items=dkdv.stream.items,
+            runs=dkdv.stream.runs,
+            n_items=dkdv.stream.n_items,
+            heads_per_wave=dkdv.wave,
+            config=dkdv.config,
         ).launch()
     if needs_dq and q.shape[0]:
         ready = prepare_backward("backward_dq", plan, problem, q, k, v)
@@ -292,7 +284,8 @@ def _backward_kernels(
             heads_per_wave=ready.wave,
             config=ready.config,
         ).launch()
-    return dq, dk, dv, _sink_gradient(sinks, lse, delta, q)
+    delta_of_rows = delta[0, : heads * total_q].view(heads, total_q)
+    return dq, dk, dv, _sink_gradient(sinks, lse, delta_of_rows, q)
 
 
 def _sink_gradient(
@@ -320,17 +313,19 @@ def _backward_reference(
     needs_dkv: bool,
     dkv_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().to(torch.float32).requires_grad_() for x in (q, k, v)]
+    # inference_mode(False) also brings autograd back where a compiled graph has switched it off around the operator; the copies
+    # make ordinary tensors of inference tensors.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = [x.detach().to(torch.float32, copy=True).requires_grad_() for x in (q, k, v)]
         if sinks is not None:
-            leaves.append(sinks.detach().to(torch.float32).requires_grad_())
+            leaves.append(sinks.detach().to(torch.float32, copy=True).requires_grad_())
         out, lse = reference_attention(
             *leaves[:3], plan, softmax_scale=softmax_scale, softcap=softcap, sinks=leaves[3] if sinks is not None else None
         )
-        loss = (out * dout.to(torch.float32)).sum()
+        loss = (out * dout.to(torch.float32, copy=True)).sum()
         if dlse is not None:
             # A row that sees nothing has the constant lse -inf; it must not turn the sum into NaN.
-            loss = loss + torch.where(torch.isinf(lse), 0.0, lse * dlse).sum()
+            loss = loss + torch.where(torch.isinf(lse), 0.0, lse * dlse.clone()).sum()
         grads: list[torch.Tensor | None] = [None] * len(leaves)
         if loss.requires_grad:
             grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
@@ -450,3 +445,10 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 
 torch.library.register_autograd("weft::attention_forward", _backward, setup_context=_setup_context, lib=_library)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:
+    raise Unsupported("attention is differentiated once: expected a first derivative, given a second one")
+
+
+torch.library.register_autograd("weft::attention_backward", _refuse_second_derivative, lib=_library)

@@ -28,12 +28,17 @@ class KernelCall:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile options. Multiply-adds are fused whatever the Triton release's default."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+
     def launch(self) -> None:
         """Run on the device of the arguments; an empty grid is no launch."""
         if 0 in self.grid:
             return
         self.kernel[self.grid](
-            **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+            **self.arguments, **self.constants, **self.options
         )
 
 
@@ -45,3 +50,8 @@ def tensor_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
     """
     tokens, heads, dim = x.shape
     return TensorDescriptor(x, [tokens, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [rows, dim])
+
+
+def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
+    """A 1-D descriptor over all elements of a contiguous tensor, with boxes of `length` of them."""
+    return TensorDescriptor(x.view(-1), [x.numel()], [1], [length])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import tomllib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from importlib import resources as package_files
@@ -110,7 +109,8 @@ def parse_table(name: str, text: str) -> Table:
     return Table(name, match["arch"], match.get("device"), tuple(rows))
 
 
-_overrides: ContextVar[dict[str, LaunchConfig]] = ContextVar("weft_launch_overrides", default={})  # noqa: B039 (never mutated)
+# Replaced, never mutated. Of the process, not of the context: a backward on a GPU runs on threads of autograd's own.
+_overrides: dict[str, LaunchConfig] = {}
 
 
 @contextlib.contextmanager
@@ -124,23 +124,24 @@ def override(*configs: LaunchConfig) -> Iterator[None]:
         InvalidConfig: two configs for one kernel, or something that is no config. A config that the device cannot hold raises
             when its kernel is to be launched; it is never replaced.
     """
-    chosen = dict(_overrides.get())
+    global _overrides
+    outer, chosen = _overrides, dict(_overrides)
     seen: set[str] = set()
     for config in configs:
         if not isinstance(config, LaunchConfig) or config.kernel in seen:
             raise InvalidConfig(f"override takes one config per kernel: expected distinct configs, given {configs}")
         seen.add(config.kernel)
         chosen[config.kernel] = config
-    token = _overrides.set(chosen)
+    _overrides = chosen
     try:
         yield
     finally:
-        _overrides.reset(token)
+        _overrides = outer
 
 
 def current_overrides() -> tuple[LaunchConfig, ...]:
     """The configs of the innermost scopes, hashable: part of what a prepared launch depends on."""
-    return tuple(_overrides.get().values())
+    return tuple(_overrides.values())
 
 
 def select(kernel: str, problem: Problem, device: Device) -> Choice:
@@ -150,7 +151,7 @@ def select(kernel: str, problem: Problem, device: Device) -> Choice:
         InvalidConfig: an override that the device cannot hold.
         Unsupported: no config fits the device.
     """
-    overridden = _overrides.get().get(kernel)
+    overridden = _overrides.get(kernel)
     if overridden is not None:
         lacking = shortfall(overridden, problem.shape, device)
         if lacking:

@@ -33,7 +33,12 @@ KV_ORDERS = ("rank", "sequence")
 def host_integers(values: Any, name: str) -> IntArray:
     """One-dimensional int64 host array of what a caller passed; refuses floats, booleans and other shapes."""
     if isinstance(values, torch.Tensor):
-        array = values.detach().cpu().numpy()
+        try:
+            array = values.detach().cpu().numpy()
+        except (TypeError, NotImplementedError):
+            raise InvalidPlan(
+                f"{name} holds integers: expected an integer tensor, given {values.dtype} on {values.device}"
+            ) from None
     else:
         try:
             array = np.asarray(values)

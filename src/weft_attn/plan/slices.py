@@ -13,6 +13,7 @@ Everything here is host integers: numpy, no device, no synchronisation.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,6 +136,10 @@ def _as_index(value: Any, name: str) -> int:
         raise InvalidPlan(f"{name} is an integer: expected an int, given {value!r}") from None
 
 
+# By the address of its table: how an operator, which is passed the table, finds the plan and its cached device tables again.
+live_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
+
+
 class Plan:
     """A set of slices over `total_q` packed query rows and `total_k` packed key rows.
 
@@ -216,6 +221,7 @@ class Plan:
         self.table: torch.Tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
         # Filled by plan/stream.py: work tiles by (kernel tile sizes, device).
         self._streams: dict[Any, Any] = {}
+        live_plans[self.table.data_ptr()] = self
 
     # ---- builders -----------------------------------------------------------------------------------------------------
 

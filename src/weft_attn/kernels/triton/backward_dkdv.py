@@ -4,7 +4,7 @@
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i
 
 Everything is transposed: rows of a tile are keys, columns are queries, and the items come from the transposed plan. q, dout
-(Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta (Hq, Tq) float32 from delta.py; dk, dv (Tk, Hkv, D | Dv) in their
+(Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta from delta.py (in shifted copies with use_tma); dk, dv (Tk, Hkv, D | Dv) in their
 own dtype, float32 allowed. No atomics: deterministic. Keys that nobody sees get zeros.
 """
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from weft_attn.kernels.call import KernelCall, tensor_descriptor
+from weft_attn.kernels.call import KernelCall, tensor_descriptor, vector_descriptor
 from weft_attn.kernels.triton.forward import dot_precision, padded_head_dim, score_scales
 from weft_attn.kernels.triton.tiles import (
     ITEM_EDGE_RUN,
@@ -38,6 +38,32 @@ from weft_attn.kernels.triton.visibility import RUN_WIDTH, first_tile, interval_
 
 
 @triton.jit
+def _load_stats(
+    lse_log2_ptr,
+    lse_log2_desc,
+    delta_ptr,
+    delta_desc,
+    stride_copy,
+    element,
+    n_valid,
+    BLOCK_Q: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):
+    """lse_log2 and delta of BLOCK_Q queries from flat element `element` on; (+inf, 0) from the n_valid-th on."""
+    rows = tl.arange(0, BLOCK_Q)
+    if USE_TMA:
+        # The shifted copy in which this element is 16-byte aligned, see delta.py.
+        copy = element % 4
+        start = copy * stride_copy + element - copy
+        lse_log2 = tl.where(rows < n_valid, lse_log2_desc.load([start]), float("inf"))
+        delta = tl.where(rows < n_valid, delta_desc.load([start]), 0.0)
+    else:
+        lse_log2 = tl.load(lse_log2_ptr + element + rows, mask=rows < n_valid, other=float("inf"))
+        delta = tl.load(delta_ptr + element + rows, mask=rows < n_valid, other=0.0)
+    return lse_log2, delta
+
+
+@triton.jit
 def _accumulate_stream(
     dk_acc,
     dv_acc,
@@ -52,12 +78,15 @@ def _accumulate_stream(
     dout_ptr,
     dout_desc,
     lse_log2_ptr,
+    lse_log2_desc,
     delta_ptr,
+    delta_desc,
     first_head,
     stride_qt,
     stride_qh,
     stride_dot,
     stride_doh,
+    stride_stats_copy,
     stride_stats_h,
     inner_scale,
     outer_scale,
@@ -88,13 +117,10 @@ def _accumulate_stream(
             q_ptr, q_desc, head, col, col_stop, stride_qt, stride_qh,
             BLOCK_Q, HEAD_DIM, HEAD_DIM_PADDED, IS_MASKED, USE_TMA, CACHE,
         )  # fmt: skip
-        stats = head.to(tl.int64) * stride_stats_h + cols
-        if IS_MASKED:
-            lse_log2 = tl.load(lse_log2_ptr + stats, mask=cols < col_stop, other=float("inf"))
-            delta = tl.load(delta_ptr + stats, mask=cols < col_stop, other=0.0)
-        else:
-            lse_log2 = tl.load(lse_log2_ptr + stats)
-            delta = tl.load(delta_ptr + stats)
+        lse_log2, delta = _load_stats(
+            lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, stride_stats_copy, head * stride_stats_h + col, col_stop - col,
+            BLOCK_Q, USE_TMA,
+        )  # fmt: skip
         # (BLOCK_K, BLOCK_Q)
         scores = product(k_tile, q_tile.T, PRECISION)
         if HAS_SOFTCAP:
@@ -136,6 +162,8 @@ def attention_backward_dkdv_kernel(
     dout_desc,
     lse_log2_ptr,
     delta_ptr,
+    lse_log2_desc,
+    delta_desc,
     dk_ptr,
     dv_ptr,
     items_ptr,
@@ -152,6 +180,7 @@ def attention_backward_dkdv_kernel(
     stride_dkh,
     stride_dvt,
     stride_dvh,
+    stride_stats_copy,
     stride_stats_h,
     n_items,
     n_heads,
@@ -180,23 +209,23 @@ def attention_backward_dkdv_kernel(
     wide_rows = k_rows.to(tl.int64)
     wide_head = kv_head.to(tl.int64)
     # (BLOCK_K, D), (BLOCK_K, Dv)
-    k_tile = load_rows(k_ptr + wide_head * stride_kh, wide_rows * stride_kt, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True)
-    v_tile = load_rows(v_ptr + wide_head * stride_vh, wide_rows * stride_vt, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
+    k_tile = load_rows(k_ptr + wide_head * stride_kh, wide_rows * stride_kt, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True, "")
+    v_tile = load_rows(v_ptr + wide_head * stride_vh, wide_rows * stride_vt, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True, "")
     dk_acc = tl.zeros([BLOCK_K, HEAD_DIM_PADDED], tl.float32)
     dv_acc = tl.zeros([BLOCK_K, HEAD_DIM_V_PADDED], tl.float32)
     first_head = kv_head * GROUP
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
         tl.load(item_ptr + ITEM_INTERIOR_RUN), tl.load(item_ptr + ITEM_INTERIOR_TILES),
-        q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, delta_ptr, first_head,
-        stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_h, inner_scale, outer_scale,
+        q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
+        stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
         tl.load(item_ptr + ITEM_EDGE_RUN), tl.load(item_ptr + ITEM_EDGE_TILES),
-        q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, delta_ptr, first_head,
-        stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_h, inner_scale, outer_scale,
+        q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
+        stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
     )  # fmt: skip
     store_rows(
@@ -244,6 +273,8 @@ def backward_dkdv_call(
             dout_desc=tensor_descriptor(dout, config.block_q) if config.use_tma else None,
             lse_log2_ptr=lse_log2,
             delta_ptr=delta,
+            lse_log2_desc=vector_descriptor(lse_log2, config.block_q) if config.use_tma else None,
+            delta_desc=vector_descriptor(delta, config.block_q) if config.use_tma else None,
             dk_ptr=dk,
             dv_ptr=dv,
             items_ptr=items,
@@ -260,7 +291,8 @@ def backward_dkdv_call(
             stride_dkh=dk.stride(1),
             stride_dvt=dv.stride(0),
             stride_dvh=dv.stride(1),
-            stride_stats_h=lse_log2.stride(0),
+            stride_stats_copy=lse_log2.stride(0),
+            stride_stats_h=q.shape[0],
             n_items=n_items,
             n_heads=k.shape[1],
             heads_per_wave=heads_per_wave,

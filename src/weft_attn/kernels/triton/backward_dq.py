@@ -2,7 +2,7 @@
 
     P_ij = exp2(s_ij - lse_log2_i),   dS_ij = P_ij (dout_i.v_j - delta_i),   dQ_i = scale * sum_j dS_ij k_j
 
-q, dout, dq (Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta (Hq, Tq) float32 from delta.py. No atomics:
+q, dout, dq (Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta from delta.py. No atomics:
 deterministic. Rows that see no key get zeros.
 """
 
@@ -151,9 +151,9 @@ def attention_backward_dq_kernel(
     wide_rows = q_rows.to(tl.int64)
     wide_head = head.to(tl.int64)
     # (BLOCK_Q, D), (BLOCK_Q, Dv)
-    q_tile = load_rows(q_ptr + wide_head * stride_qh, wide_rows * stride_qt, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True)
+    q_tile = load_rows(q_ptr + wide_head * stride_qh, wide_rows * stride_qt, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True, "")
     dout_tile = load_rows(
-        dout_ptr + wide_head * stride_doh, wide_rows * stride_dot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True
+        dout_ptr + wide_head * stride_doh, wide_rows * stride_dot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True, ""
     )
     if USE_IDENTITY_DOT:
         # As in the forward: an operand in registers instead of one re-read from shared memory per key tile.
@@ -233,7 +233,7 @@ def backward_dq_call(
             stride_doh=dout.stride(1),
             stride_dqt=dq.stride(0),
             stride_dqh=dq.stride(1),
-            stride_stats_h=lse_log2.stride(0),
+            stride_stats_h=q.shape[0],
             n_items=n_items,
             n_heads=q.shape[1],
             heads_per_wave=heads_per_wave,

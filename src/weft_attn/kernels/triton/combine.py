@@ -63,7 +63,7 @@ def attention_combine_kernel(
             rescale = tl.exp2(peak - shift)
             weights = tl.exp2(lse_log2 - shift)
             # (BLOCK_SLOTS, Dv)
-            outs = load_rows(partial_out_ptr, rows * HEAD_DIM_V, is_part, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
+            outs = load_rows(partial_out_ptr, rows * HEAD_DIM_V, is_part, HEAD_DIM_V, HEAD_DIM_V_PADDED, True, "")
             acc = acc * rescale + tl.sum(weights[:, None] * outs, 0)
             total = total * rescale + tl.sum(weights, 0)
             peak = new_peak

@@ -3,7 +3,9 @@
     delta_i = sum_d dout_id * out_id - dlse_i          (dS_ij = P_ij * (dP_ij - delta_i))
     lse_log2_i = lse_i * log2(e), +inf where lse_i is -inf, so that exp2(s - lse_log2) is 0 there
 
-out, dout (Tq, Hq, Dv); lse, dlse (Hq, Tq) float32, natural log; delta, lse_log2 (Hq, Tq) float32. Deterministic.
+out, dout (Tq, Hq, Dv); lse, dlse (Hq, Tq) float32, natural log. delta, lse_log2 (COPIES, padded Hq * Tq) float32, each copy the
+flattened (Hq, Tq). The copy engine reads from multiples of 16 bytes only, but documents begin at any row: so copy c of four holds
+the statistics shifted by c rows, and a tile that begins at element x is read from copy x % 4. Deterministic.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ def attention_delta_kernel(
     stride_doh,
     stride_lse_h,
     stride_dlse_h,
+    stride_copy,
     total_q,
     n_heads,
     HEAD_DIM_V: tl.constexpr,
     HEAD_DIM_V_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    COPIES: tl.constexpr,
 ):
     head = tl.program_id(0) % n_heads
     rows = tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -47,15 +51,28 @@ def attention_delta_kernel(
     out_base = out_ptr + head.to(tl.int64) * stride_oh
     dout_base = dout_ptr + head.to(tl.int64) * stride_doh
     # (BLOCK_ROWS, Dv)
-    out_tile = load_rows(out_base, offsets * stride_ot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
-    dout_tile = load_rows(dout_base, offsets * stride_dot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True)
+    out_tile = load_rows(out_base, offsets * stride_ot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True, "")
+    dout_tile = load_rows(dout_base, offsets * stride_dot, row_mask, HEAD_DIM_V, HEAD_DIM_V_PADDED, True, "")
     delta = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + head.to(tl.int64) * stride_dlse_h + offsets, mask=row_mask, other=0.0)
     lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lse_h + offsets, mask=row_mask, other=0.0)
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
-    tl.store(delta_ptr + head.to(tl.int64) * total_q + offsets, delta, mask=row_mask)
-    tl.store(lse_log2_ptr + head.to(tl.int64) * total_q + offsets, lse_log2, mask=row_mask)
+    element = head.to(tl.int64) * total_q + offsets
+    for copy in tl.static_range(COPIES):
+        shifted = copy * stride_copy + element - copy
+        tl.store(delta_ptr + shifted, delta, mask=row_mask & (element >= copy))
+        tl.store(lse_log2_ptr + shifted, lse_log2, mask=row_mask & (element >= copy))
+
+
+# Elements of float32 in the copy engine's 16 bytes.
+SHIFTED_COPIES = 4
+
+
+def empty_stats(heads: int, total_q: int, copies: int, device: torch.device) -> torch.Tensor:
+    """Room for one statistic, (copies, padded) float32: copy 0 begins with the (heads, total_q) values."""
+    padded = -(-heads * total_q // SHIFTED_COPIES) * SHIFTED_COPIES
+    return torch.empty(copies, padded, dtype=torch.float32, device=device)
 
 
 def delta_call(
@@ -72,7 +89,7 @@ def delta_call(
 
     Args:
         out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
-        delta, lse_log2: (Hq, Tq) contiguous float32, written.
+        delta, lse_log2: from `empty_stats` with 1 copy or SHIFTED_COPIES, written.
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape
@@ -92,6 +109,7 @@ def delta_call(
             stride_doh=dout.stride(1),
             stride_lse_h=lse.stride(0),
             stride_dlse_h=0 if dlse is None else dlse.stride(0),
+            stride_copy=delta.stride(0),
             total_q=total_q,
             n_heads=heads,
         ),
@@ -100,6 +118,7 @@ def delta_call(
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),
             BLOCK_ROWS=config.block_rows,
             HAS_DLSE=dlse is not None,
+            COPIES=delta.shape[0],
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

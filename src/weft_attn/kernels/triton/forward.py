@@ -167,7 +167,7 @@ def attention_forward_kernel(
     q_rows = q_row + tokens
     q_offsets = q_rows.to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
     # (BLOCK_Q, D)
-    q_tile = load_rows(q_ptr, q_offsets, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True)
+    q_tile = load_rows(q_ptr, q_offsets, row_mask, HEAD_DIM, HEAD_DIM_PADDED, True, "")
     if USE_IDENTITY_DOT:
         # A product with the identity leaves Q in the registers of an operand: on Ampere it is then not re-read per key tile.
         dims = tl.arange(0, HEAD_DIM_PADDED)

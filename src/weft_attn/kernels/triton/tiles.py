@@ -44,7 +44,7 @@ def load_rows(
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     IS_MASKED: tl.constexpr,
-    CACHE: tl.constexpr = "",
+    CACHE: tl.constexpr,
 ):
     """A (rows, HEAD_DIM_PADDED) tile whose row r begins at ptr + offsets[r]; masked rows and padded columns read as zero.
 

@@ -1,0 +1,1 @@
+"""Measuring Weft beside its peers: checked first, interleaved, on pairs counted from the plan."""

@@ -1,0 +1,150 @@
+"""How long calls take: variants interleaved in rounds under settled clocks, medians with quartiles.
+
+A GPU's clocks follow its temperature and power, so figures of different minutes do not compare. Every round runs every variant
+a few times, in an order that rotates; compare within a round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from weft_attn.errors import require
+
+# A measured call: takes its number, so that it can take the next copy of its inputs.
+Call = Callable[[int], object]
+# Told in words what is being done.
+Notify = Callable[[str], None]
+
+
+def silent(_what: str) -> None:
+    """Tells nobody."""
+
+
+class Clock(Protocol):
+    """Measures one variant."""
+
+    def measure(self, call: Callable[[], object], repeats: int) -> float:
+        """Milliseconds of one call, averaged over `repeats` calls in a row."""
+
+
+class CudaClock:
+    """GPU time between two events, host time included where the host is the slower of the two."""
+
+    def measure(self, call: Callable[[], object], repeats: int) -> float:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        # Runs while the host enqueues the measured calls: without it the first launch's latency would count.
+        call()
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / repeats
+
+
+class HostClock:
+    """Wall time of the host."""
+
+    def measure(self, call: Callable[[], object], repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) * 1e3 / repeats
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock that sees a device's work."""
+    return CudaClock() if device.type == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long to measure.
+
+    Attributes:
+        rounds: rounds in which every variant runs.
+        warm_up_ms: load before the first round, over all variants together, until clocks have settled.
+        round_ms: time that a variant gets in a round, at least MIN_REPEATS calls and at most MAX_REPEATS.
+    """
+
+    rounds: int = 20
+    warm_up_ms: float = 300.0
+    round_ms: float = 20.0
+
+
+MIN_REPEATS, MAX_REPEATS = 2, 100
+HOUSE_PACE = Pace()
+QUICK_PACE = Pace(rounds=3, warm_up_ms=1.0, round_ms=1.0)
+
+
+def chosen_pace(*, quick: bool, rounds: int | None) -> Pace:
+    """The house's pace, or a quick one, with the rounds that were asked for."""
+    require(rounds is None or rounds >= 1, "rounds are counted", expected=">= 1", given=rounds)
+    pace = QUICK_PACE if quick else HOUSE_PACE
+    return pace if rounds is None else replace(pace, rounds=rounds)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Milliseconds of one call, one figure per round."""
+
+    milliseconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.milliseconds))
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        low, high = np.percentile(self.milliseconds, [25, 75])
+        return float(low), float(high)
+
+    def speed_over(self, other: Samples) -> float:
+        """How much faster than `other`, the median over the rounds that both ran in: 2.0 is twice as fast."""
+        return float(np.median(np.array(other.milliseconds) / np.array(self.milliseconds)))
+
+
+def interleave(calls: Mapping[str, Call], clock: Clock, pace: Pace) -> dict[str, Samples]:
+    """Time the variants in rounds; each has run before, so that nothing is compiled here.
+
+    Round r begins with variant r mod n: none always runs in the wake of the same neighbour.
+    """
+    names = list(calls)
+    if not names:
+        return {}
+    numbered = {name: _numbered(call) for name, call in calls.items()}
+    repeats = _warm_up(numbered, clock, pace)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(pace.rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(clock.measure(numbered[name], repeats[name]))
+    return {name: Samples(tuple(times)) for name, times in found.items()}
+
+
+def _numbered(call: Call) -> Callable[[], object]:
+    numbers = itertools.count()
+    return lambda: call(next(numbers))
+
+
+def _warm_up(calls: Mapping[str, Callable[[], object]], clock: Clock, pace: Pace) -> dict[str, int]:
+    """Load the device for `warm_up_ms`, then say how many calls of each variant fill `round_ms`."""
+    loaded = 0.0
+    while True:
+        estimates = {name: clock.measure(call, 1) for name, call in calls.items()}
+        loaded += sum(estimates.values())
+        if loaded >= pace.warm_up_ms:
+            break
+    return {name: _repeats(pace.round_ms, one) for name, one in estimates.items()}
+
+
+def _repeats(round_ms: float, one_ms: float) -> int:
+    return int(min(MAX_REPEATS, max(MIN_REPEATS, round_ms // max(one_ms, 1e-6))))

@@ -1,0 +1,1 @@
+"""The command line: `weft`. Each module is one command and holds no logic."""

@@ -1,0 +1,1 @@
+"""The demonstration: real documents, packed, on zigzag ranks, checked against one device."""

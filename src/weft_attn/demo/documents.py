@@ -1,0 +1,101 @@
+"""Which documents the demo packs, and their bytes as tokens."""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft_attn.errors import InvalidInput
+
+IntArray = NDArray[np.int64]
+
+# The order in which the standard library's files are tried is shuffled with this, so that lengths vary.
+SHUFFLE_SEED = 37
+# Of the standard library: documents that a pack of this many should hold, so that no file takes most of it.
+DOCUMENTS_AIMED_AT = 5
+NOT_PACKAGES = {"site-packages", "dist-packages", "test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """A file's name and its bytes, one token each."""
+
+    name: str
+    tokens: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Documents one after the other.
+
+    Attributes:
+        documents: in packed order; the last may be cut at the cap.
+        left_out: documents that the cap left no room for.
+        source: where they come from, in words.
+    """
+
+    documents: tuple[Document, ...]
+    left_out: int
+    source: str
+
+    @property
+    def cu_seqlens(self) -> IntArray:
+        """(documents + 1,) cumulative lengths."""
+        return np.concatenate([[0], np.cumsum([len(document.tokens) for document in self.documents])]).astype(np.int64)
+
+    @property
+    def tokens(self) -> NDArray[np.uint8]:
+        """(total,) all tokens."""
+        return np.concatenate([document.tokens for document in self.documents])
+
+
+def pack_documents(paths: Sequence[Path], max_tokens: int) -> Pack:
+    """Pack the files under `paths`, or of the standard library when there are none, up to `max_tokens`.
+
+    Raises:
+        InvalidInput: a path does not exist, or the files hold no byte.
+    """
+    if paths:
+        files = [file for path in paths for file in _files_under(path)]
+        names = [file.name for file in files]
+        source = ", ".join(str(path) for path in paths)
+    else:
+        root, files = _standard_library(max_tokens)
+        names = [file.relative_to(root).as_posix() for file in files]
+        source = "the Python standard library's own source"
+    documents: list[Document] = []
+    room = max_tokens
+    for name, file in zip(names, files, strict=True):
+        if room == 0:
+            break
+        tokens = np.frombuffer(file.read_bytes()[:room], dtype=np.uint8)
+        documents.append(Document(name, tokens))
+        room -= len(tokens)
+    if room == max_tokens:
+        raise InvalidInput(f"documents hold tokens: expected files with at least one byte, given {source}")
+    return Pack(tuple(documents), len(files) - len(documents) if paths else 0, source)
+
+
+def _files_under(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.is_file():
+        return [path]
+    raise InvalidInput(f"a document is a file or a folder of files: expected an existing path, given {path}")
+
+
+def _standard_library(max_tokens: int) -> tuple[Path, list[Path]]:
+    """Python files of the standard library, none longer than its share of the pack twice over, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in NOT_PACKAGES)
+    files = [file for folder in (root, *folders) for file in sorted(folder.glob("*.py"))]
+    longest = 2 * max_tokens // DOCUMENTS_AIMED_AT
+    files = [file for file in files if file.stat().st_size <= longest]
+    random.Random(SHUFFLE_SEED).shuffle(files)
+    return root, files

@@ -1,0 +1,124 @@
+"""Compile a `KernelCall` for a GPU that is not there, and read what the compiler says of it.
+
+Tensors of the call may be on the meta device: only dtypes, alignments and strides matter.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from weft_attn.kernels.call import KernelCall
+
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled kernel needs and holds.
+
+    Attributes:
+        registers: 32-bit registers a thread (VGPRs on AMD), or None where the tool chain does not say.
+        spilled_bytes: bytes a thread spills to local memory.
+        shared_memory: bytes of shared memory a program uses.
+        atomics: atomic or reduction instructions in the machine code.
+        assembly: the target's assembly text.
+    """
+
+    registers: int | None
+    spilled_bytes: int
+    shared_memory: int
+    atomics: int
+    assembly: str
+
+
+def gpu_target(arch: str) -> GPUTarget:
+    """Triton's target of "sm_90" or "gfx942" style names."""
+    if arch.startswith("sm_"):
+        return GPUTarget("cuda", int(arch[3:]), 32)
+    return GPUTarget("hip", arch, 64)
+
+
+def compile_call(call: KernelCall, arch: str) -> Compiled:
+    """Compile for `arch` and report. Raises what Triton or its assembler raises."""
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, name in enumerate(call.kernel.arg_names):
+        if name in call.constants:
+            signature[name], constants[(index,)] = "constexpr", call.constants[name]
+            continue
+        value = call.arguments[name]
+        if value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        signature[name] = _type_of(value)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=gpu_target(arch), options=call.options)
+    if arch.startswith("sm_"):
+        return _nvidia_report(compiled)
+    return _amd_report(compiled)
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        element = POINTERS[value.base.dtype].removeprefix("*")
+        return f"tensordesc<{element}{list(value.block_shape)}>"
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _nvidia_report(compiled: Any) -> Compiled:
+    usage = _cubin_usage(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    return Compiled(
+        registers=usage["REG"],
+        spilled_bytes=usage["STACK"],
+        shared_memory=compiled.metadata.shared,
+        atomics=len(re.findall(r"^\s*(?:@%p\d+ )?(?:atom|red)\.", ptx, flags=re.MULTILINE)),
+        assembly=ptx,
+    )
+
+
+def _cubin_usage(cubin: bytes) -> dict[str, int]:
+    """Registers and stack bytes a thread, from the cubin's own resource report."""
+    import subprocess
+    import tempfile
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reports resource usage: expected REG and STACK, given {text!r}")
+    return {"REG": int(found[1]), "STACK": int(found[2])}
+
+
+def _amd_report(compiled: Any) -> Compiled:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return Compiled(
+        registers=number("vgpr_count"),
+        spilled_bytes=4 * number("vgpr_spill_count"),
+        shared_memory=compiled.metadata.shared,
+        atomics=len(re.findall(r"^\s*(?:global|buffer|flat|ds)_(?:atomic|add|min|max)\w*", text, flags=re.MULTILINE)),
+        assembly=text,
+    )

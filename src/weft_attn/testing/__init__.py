@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: named plans and cases, and the one tolerance policy."""

@@ -1,0 +1,369 @@
+"""THE tolerance policy: how far a result may be from the exact one.
+
+A tensor is compared with two others: the oracle, the same computation in float64, and the baseline, the same computation by
+PyTorch in the input dtype. With e(x) = |x - oracle| / |oracle|,
+
+    e(actual) <= 2 * e(baseline) + band(dtype),     band(dtype) = u(dtype) + 16 * 2**-24
+
+once with the Frobenius norm over the tensor, and once as the largest element of |x - oracle|, each over the size of its own
+row, so that one wrong row of a large tensor is caught. u is the unit roundoff of the dtype that results are rounded to: half an
+ulp of 1. The 16 units of float32 are for its arithmetic: sums in another order, and a hardware exp2 that errs by 2 ulp.
+
+dS = P (dP - delta) cancels, to zero for a row that sees one key, and delta = rowsum(dO * out) reads out as it was rounded. The
+error that this carries into dQ, dK and dsinks is `cancellation_noise`; it is subtracted before dQ, dK and dsinks are measured.
+
+Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest: there, and only there, u(bfloat16) is a whole
+ulp.
+
+lse is float32 whatever the inputs are, and is held to a float32 baseline. Its error is an absolute one (it is that of a
+logarithm), so a row's size is at least 1. Rows that see nothing have lse -inf: at exactly the same places. NaN never passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+from weft_attn.plan import Plan
+from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START
+from weft_attn.reference import reference_attention
+from weft_attn.testing.cases import Case, Inputs
+
+BASELINE_FACTOR = 2.0
+ARITHMETIC_UNITS = 16
+FLOAT32_UNIT = 2.0**-24
+
+
+def truncates(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether casts to `dtype` truncate there: bfloat16 in Triton's interpreter. A test holds this to what the interpreter does."""
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return False
+    from weft_attn.ops import kernels_interpreted
+
+    return kernels_interpreted()
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
+
+
+def rounding_band(dtype: torch.dtype, *, truncated: bool = False) -> float:
+    """What rounding and float32 arithmetic may add to twice the baseline's error."""
+    return unit_roundoff(dtype) * (2 if truncated else 1) + ARITHMETIC_UNITS * FLOAT32_UNIT
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far a tensor is from the oracle, and how far it may be.
+
+    Attributes:
+        error, bound: relative, in the Frobenius norm.
+        row_error, row_bound: the largest element of the difference, relative to its row's size.
+        worst: index of that element.
+        reason: why nothing was measured (shape, NaN, infinities elsewhere), or empty.
+    """
+
+    error: float
+    bound: float
+    row_error: float
+    row_bound: float
+    worst: tuple[int, ...] = ()
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.reason and self.error <= self.bound and self.row_error <= self.row_bound
+
+
+def budget(
+    actual: torch.Tensor,
+    oracle64: torch.Tensor,
+    baseline: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    truncated: bool = False,
+    smallest: float = 0.0,
+    noise: torch.Tensor | float = 0.0,
+) -> Budget:
+    """Measure `actual` against the oracle and what the baseline allows.
+
+    Args:
+        actual, oracle64, baseline: same shape; the last dimension is a row.
+        dtype: what the computation rounds to; None: actual's dtype.
+        truncated: casts to dtype truncate (see the module's text).
+        smallest: the least size of a row.
+        noise: absolute error of an element that does not count; broadcasts to the tensor (see `cancellation_noise`).
+    """
+    if actual.shape != oracle64.shape or baseline.shape != oracle64.shape:
+        return _failed(f"shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle64.shape)}")
+    a, o, b = (x.detach().to(device=oracle64.device, dtype=torch.float64) for x in (actual, oracle64, baseline))
+    if a.numel() == 0:
+        return Budget(0.0, 0.0, 0.0, 0.0)
+    if o.isnan().any() or b.isnan().any():
+        return _failed("the oracle or the baseline holds NaN: nothing to compare with")
+    if a.isnan().any():
+        return _failed(f"{int(a.isnan().sum())} of {a.numel()} elements are NaN, the first at {_first(a.isnan())}")
+    wrong = (a.isinf() | o.isinf()) & (a != o)
+    if wrong.any():
+        return _failed(f"{int(wrong.sum())} infinite elements where the oracle has others, the first at {_first(wrong)}")
+    finite = o.isfinite()
+    a, o, b = (torch.where(finite, x, 0.0) for x in (a, o, b))
+    band = rounding_band(dtype or actual.dtype, truncated=truncated)
+    ignored = torch.as_tensor(noise, dtype=torch.float64, device=o.device).expand(o.shape)
+
+    size = max(float(o.norm()), smallest * o.numel() ** 0.5, _TINY)
+    error, base = (max(0.0, float((x - o).norm() - ignored.norm())) / size for x in (a, b))
+    # A row whose terms cancel is measured against the tensor's typical element.
+    rows = torch.clamp(o.abs().amax(dim=-1, keepdim=True), min=max(float(o.square().mean().sqrt()), smallest, _TINY))
+    off, base_off = (((x - o).abs() - ignored).clamp(min=0) / rows for x in (a, b))
+    worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
+    return Budget(error, BASELINE_FACTOR * base + band, float(off.max()), BASELINE_FACTOR * float(base_off.max()) + band, worst)
+
+
+_TINY = 1e-300
+
+
+def _failed(reason: str) -> Budget:
+    return Budget(float("nan"), 0.0, float("nan"), 0.0, reason=reason)
+
+
+def _first(where: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(i) for i in where.nonzero()[0])
+
+
+def assert_close_to_oracle(
+    name: str,
+    actual: torch.Tensor,
+    oracle64: torch.Tensor,
+    baseline: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    truncated: bool = False,
+    smallest: float = 0.0,
+    noise: torch.Tensor | float = 0.0,
+) -> Budget:
+    """Raise an AssertionError that names the tensor, the errors, the bounds and the worst element; see `budget`."""
+    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, noise=noise)
+    if not found.passed:
+        raise AssertionError(_describe(name, found, actual, oracle64))
+    return found
+
+
+def _describe(name: str, found: Budget, actual: torch.Tensor, oracle64: torch.Tensor) -> str:
+    what = f"{name} {tuple(actual.shape)} {actual.dtype}"
+    if found.reason:
+        return f"{what}: {found.reason}"
+    return (
+        f"{what}: relative error {found.error:.2e} (bound {found.bound:.2e}), worst element at {found.worst}: "
+        f"{float(actual[found.worst]):.6g} against {float(oracle64[found.worst]):.6g}, "
+        f"off by {found.row_error:.2e} of its row (bound {found.row_bound:.2e})"
+    )
+
+
+# ---- whole results --------------------------------------------------------------------------------------------------------
+
+# (q, k, v, sinks) -> (out, lse)
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an attention gives for a case's inputs, gradients included; None where there is no such tensor."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dq: torch.Tensor | None = None
+    dk: torch.Tensor | None = None
+    dv: torch.Tensor | None = None
+    dsinks: torch.Tensor | None = None
+
+    def items(self) -> list[tuple[str, torch.Tensor]]:
+        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, tensor) for name, tensor in found if tensor is not None]
+
+
+def evaluate(attention: Attention, inputs: Inputs, *, dtype: torch.dtype | None = None, gradients: bool = True) -> Results:
+    """Run an attention and differentiate it by autograd.
+
+    Args:
+        attention: (q, k, v, sinks) -> (out, lse).
+        dtype: inputs are cast to it first; None: left as they are.
+        gradients: whether to compute them.
+    """
+    given = [x if dtype is None else x.to(dtype) for x in (inputs.q, inputs.k, inputs.v)]
+    sinks = inputs.sinks if dtype is None or inputs.sinks is None else inputs.sinks.to(dtype)
+    leaves = [x.detach().requires_grad_(gradients) for x in (*given, *(() if sinks is None else (sinks,)))]
+    out, lse = attention(leaves[0], leaves[1], leaves[2], None if sinks is None else leaves[3])
+    if not gradients:
+        return Results(out.detach(), lse.detach())
+    outputs, incoming = [out], [inputs.dout.to(out.dtype)]
+    if inputs.dlse is not None:
+        # lse of a row that sees nothing is the constant -inf: a loss cannot depend on it.
+        outputs.append(lse)
+        incoming.append(torch.where(lse.isinf(), 0.0, inputs.dlse.to(lse.dtype)))
+    differentiable = [(o, g) for o, g in zip(outputs, incoming, strict=True) if o.requires_grad]
+    grads: list[torch.Tensor | None] = [None] * len(leaves)
+    if differentiable:
+        tensors, cotangents = zip(*differentiable, strict=True)
+        grads = list(torch.autograd.grad(tensors, leaves, cotangents, allow_unused=True))
+    found = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
+    return Results(out.detach(), lse.detach(), *found)
+
+
+def oracle_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True) -> Results:
+    """The reference in float64."""
+    return evaluate(
+        lambda q, k, v, sinks: reference_attention(q, k, v, plan, sinks=sinks, **case.options),
+        inputs,
+        dtype=torch.float64,
+        gradients=gradients,
+    )
+
+
+def baseline_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True) -> Results:
+    """The reference in the input dtype; lse in float32."""
+
+    def attention(compute: torch.dtype) -> Attention:
+        return lambda q, k, v, sinks: reference_attention(
+            q, k, v, plan, sinks=sinks, compute_dtype=compute, **case.options
+        )
+
+    low = evaluate(attention(case.dtype), inputs, gradients=gradients)
+    lse = evaluate(attention(torch.float32), inputs, gradients=False).lse
+    return Results(low.out, lse, low.dq, low.dk, low.dv, low.dsinks)
+
+
+def cancellation_noise(case: Case, inputs: Inputs, oracle: Results, *, truncated: bool = False) -> dict[str, torch.Tensor]:
+    """Absolute error that dS = P (dP - delta) carries into dQ, dK and dsinks, from the rounding of out and of delta's sum.
+
+        error(delta_i) = u(dtype) |dO_i * out_i| + 2**-24 (|dO_i| max|v| / sqrt(Dv) + |dlse_i|)
+        dQ_i: scale * error(delta_i) * max|k|,   dK: scale * max float32 part * max|q|,   dsinks: |exp(sink - lse) error(delta)|
+
+    where |x| of a row is its Euclidean norm, and * between rows is by element.
+    """
+    dout, out = inputs.dout.double(), oracle.out
+    if out.numel() == 0 or inputs.v.numel() == 0:
+        return {}
+    longest_v = inputs.v.double().nan_to_num().norm(dim=-1).max()
+    arithmetic = dout.norm(dim=-1) * longest_v * case.dim_v**-0.5
+    if inputs.dlse is not None:
+        arithmetic = arithmetic + inputs.dlse.double().abs().T
+    arithmetic = arithmetic * FLOAT32_UNIT
+    delta = unit_roundoff(case.dtype) * (2 if truncated else 1) * (dout * out).norm(dim=-1) + arithmetic
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    noise = {
+        "dq": scale * inputs.k.double().nan_to_num().abs().max() * delta[..., None],
+        "dk": scale * inputs.q.double().nan_to_num().abs().max() * arithmetic.max(),
+    }
+    if inputs.sinks is not None:
+        share = torch.exp(inputs.sinks.double()[:, None] - oracle.lse)
+        noise["dsinks"] = (share * delta.T).nan_to_num().norm(dim=-1)
+    return noise
+
+
+def assert_matches_oracle(
+    actual: Results,
+    case: Case,
+    plan: Plan,
+    inputs: Inputs,
+    *,
+    oracle: Results | None = None,
+    baseline: Results | None = None,
+) -> dict[str, Budget]:
+    """Hold every tensor of `actual` to its budget; returns the budgets by tensor."""
+    gradients = actual.dq is not None
+    oracle = oracle or oracle_of(case, plan, inputs, gradients=gradients)
+    baseline = baseline or baseline_of(case, plan, inputs, gradients=gradients)
+    truncated = truncates(case.dtype, inputs.q.device)
+    noise = cancellation_noise(case, inputs, oracle, truncated=truncated)
+    budgets = {}
+    for name, tensor in actual.items():
+        exact, plain = getattr(oracle, name), getattr(baseline, name)
+        if name == "lse":
+            # Every element is a row of its own.
+            found = assert_close_to_oracle(
+                name, tensor[..., None], exact[..., None], plain[..., None], dtype=torch.float32, smallest=1.0
+            )
+        else:
+            found = assert_close_to_oracle(
+                name, tensor, exact, plain, dtype=case.dtype, truncated=truncated, noise=noise.get(name, 0.0)
+            )
+        budgets[name] = found
+    return budgets
+
+
+# ---- large shapes ---------------------------------------------------------------------------------------------------------
+
+
+def visible(plan: Plan, first: int, stop: int, device: torch.device) -> torch.Tensor:
+    """Rows [first, stop) of `plan.to_mask()`, made on a device."""
+    mask = torch.zeros(stop - first, plan.total_k, dtype=torch.bool, device=device)
+    for row in plan.rows[(plan.rows[:, Q_START] < stop) & (plan.rows[:, Q_START] + plan.rows[:, Q_LEN] > first)]:
+        q_start, q_stop, lo, hi = int(row[Q_START]), int(row[Q_START] + row[Q_LEN]), int(row[4]), int(row[5])
+        k_start, k_stop = int(row[K_START]), int(row[K_START] + row[K_LEN])
+        rows = torch.arange(max(first, q_start), min(stop, q_stop), device=device)[:, None] - q_start
+        offset = torch.arange(k_stop - k_start, device=device)[None, :] - rows
+        top = max(first, q_start) - first
+        mask[top : top + len(rows), k_start:k_stop] |= (offset >= lo) & (offset <= hi)
+    return mask
+
+
+def blockwise(
+    case: Case, plan: Plan, inputs: Inputs, compute: torch.dtype, *, gradients: bool = True, rows: int = 256
+) -> Results:
+    """The reference and its gradients by blocks of query rows, for shapes whose scores do not fit; written out by hand.
+
+    In float64 an oracle; in the input dtype a baseline (products and probabilities in that dtype, sums over blocks and softmax
+    statistics in float32, as a careful PyTorch program would have it).
+    """
+    stats = torch.float64 if compute == torch.float64 else torch.float32
+    group = case.heads // case.kv_heads
+    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
+    q, k, v, dout = (x.to(compute) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    out = torch.zeros(plan.total_q, case.heads, case.dim_v, dtype=stats, device=q.device)
+    lse = torch.full((case.heads, plan.total_q), float("-inf"), dtype=stats, device=q.device)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=stats, device=q.device) for x in (q, k, v))
+    dsinks = None if inputs.sinks is None else torch.zeros(case.heads, dtype=stats, device=q.device)
+    for first in range(0, plan.total_q, rows):
+        stop = min(first + rows, plan.total_q)
+        mask = visible(plan, first, stop, q.device)
+        seen = mask.any(dim=0).nonzero()[:, 0]
+        mask = mask[:, seen]
+        for head in range(case.heads):
+            kv = head // group
+            k_seen, v_seen, q_rows = k[seen, kv], v[seen, kv], q[first:stop, head]
+            scores = (q_rows @ k_seen.T * scale).to(stats)
+            slope = torch.ones_like(scores)
+            if case.softcap > 0:
+                capped = torch.tanh(scores / case.softcap)
+                slope, scores = 1 - capped.square(), capped * case.softcap
+            scores = scores.masked_fill(~mask, float("-inf"))
+            joined = scores
+            if inputs.sinks is not None:
+                joined = torch.cat([scores, inputs.sinks[head].to(stats).expand(stop - first, 1)], dim=1)
+            row_lse = torch.logsumexp(joined, dim=1)
+            lse[head, first:stop] = row_lse
+            probs = torch.exp(scores - row_lse.masked_fill(row_lse.isinf(), 0.0)[:, None])
+            out[first:stop, head] = (probs.to(compute) @ v_seen).to(stats)
+            if not gradients:
+                continue
+            dout_rows = dout[first:stop, head]
+            dprobs = (dout_rows @ v_seen.T).to(stats)
+            delta = (probs * dprobs).sum(dim=1)
+            if inputs.dlse is not None:
+                delta = delta - torch.where(row_lse.isinf(), 0.0, inputs.dlse[head, first:stop].to(stats))
+            dscores = (probs * (dprobs - delta[:, None]) * slope * scale).to(compute)
+            dq[first:stop, head] = (dscores @ k_seen).to(stats)
+            dk[:, kv].index_add_(0, seen, (dscores.T @ q_rows).to(stats))
+            dv[:, kv].index_add_(0, seen, (probs.to(compute).T @ dout_rows).to(stats))
+            if dsinks is not None and inputs.sinks is not None:
+                share = torch.exp(inputs.sinks[head].to(stats) - row_lse)
+                dsinks[head] -= (share * delta).sum()
+    if not gradients:
+        return Results(out, lse)
+    return Results(out, lse, dq, dk, dv, dsinks)
