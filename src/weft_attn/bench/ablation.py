@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from weft_attn.bench.cases import Case, Model, Sizes, chosen_device, decode_case, make_tensors, square_cases, zigzag_case
-from weft_attn.bench.one_kernel import Check, KernelRuns, base_choice, kernels_of, measure_configs
+from weft_attn.bench.one_kernel import Check, KernelRuns, base_choice, kernels_of, measure_configs, needs_kernels
 from weft_attn.bench.records import Environment, Record, environment_of
 from weft_attn.bench.timing import Notify, Pace, silent
 from weft_attn.errors import InvalidInput
@@ -29,10 +29,12 @@ class Technique:
     Attributes:
         name: as the command line has it.
         settings: the chosen config -> configs by setting; empty where the kernel does not have the switch.
+        of_split: tried only where the chosen forward splits its keys.
     """
 
     name: str
     settings: Callable[[StreamConfig], Settings]
+    of_split: bool = False
 
 
 def _cache_modifier(config: StreamConfig) -> Settings:
@@ -59,7 +61,6 @@ def _l2_order(config: StreamConfig) -> Settings:
 
 
 def _split_kv(config: StreamConfig) -> Settings:
-    # Where query rows are many nothing is split, and the setting says so by its ratio of 1.
     return {"off": replace(config, programs_per_sm=UNSPLIT)} if isinstance(config, ForwardConfig) else {}
 
 
@@ -76,7 +77,7 @@ TECHNIQUES = (
     Technique("identity_dot", _identity_dot),
     Technique("use_tma", _use_tma),
     Technique("l2_order", _l2_order),
-    Technique("split_kv", _split_kv),
+    Technique("split_kv", _split_kv, of_split=True),
     Technique("tiles", _tiles),
 )
 
@@ -119,6 +120,7 @@ class Request:
 def run_ablation(request: Request, notify: Notify = silent) -> Iterator[list[Record]]:
     """The records of one case after the other."""
     device = chosen_device(request.device_name)
+    needs_kernels(device)
     environment = environment_of(device)
     for case in ablation_cases(request.model, request.sizes, request.seqlen):
         yield ablate_case(case, request.techniques, device, request.pace, environment, notify=notify)
@@ -148,9 +150,10 @@ def settings_of(kernel: str, runs: KernelRuns, techniques: Sequence[Technique]) 
     """The chosen config first, then every setting that differs from it, by "technique: setting"."""
     chosen = base_choice(kernel, runs.case, runs.tensors).config
     assert isinstance(chosen, StreamConfig)
+    split = runs.splits_keys()
     found = {CHOSEN: chosen}
     for technique in techniques:
         for setting, config in technique.settings(chosen).items():
-            if config != chosen:
+            if config != chosen and (split or not technique.of_split):
                 found[f"{technique.name}: {setting}"] = config
     return found

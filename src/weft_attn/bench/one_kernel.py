@@ -16,6 +16,7 @@ from weft_attn.bench.cases import TERABYTES, Case, Tensors
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
 from weft_attn.bench.records import ABSENT, OK, RED, Environment, Record, describe_case, first_line
 from weft_attn.bench.timing import Call, Clock, Notify, Pace, clock_of, interleave, silent
+from weft_attn.errors import Unsupported
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import Choice, override, select
@@ -29,6 +30,12 @@ PRODUCTS = {FORWARD: 2, DKDV: 4, DQ: 3}
 def kernels_of(pass_name: str) -> tuple[str, ...]:
     """The stream kernels of a pass."""
     return (FORWARD,) if pass_name == "forward" else (DKDV, DQ)
+
+
+def needs_kernels(device: torch.device) -> None:
+    """Raise `Unsupported` where attention runs the reference: launch configs change nothing there."""
+    if ops.runs_reference(device):
+        raise Unsupported("launch configs are of kernels: expected a GPU, given a device that runs the reference")
 
 
 def base_choice(kernel: str, case: Case, tensors: Tensors) -> Choice:
@@ -79,6 +86,11 @@ class KernelRuns:
         self._mask = (case.plan.table, 1, False, None, None)
         self._scalars = (tensors.q.shape[2] ** -0.5, 0.0, case.deterministic)
         self._out, self._lse = self._forward(0)
+
+    def splits_keys(self) -> bool:
+        """Whether the forward, as configured now, splits its keys."""
+        t = self.tensors
+        return ops.prepare_forward(self.case.plan, t.q, t.k, t.v).stream.slots > 0
 
     def call(self, kernel: str) -> Call:
         """Runs one kernel; takes the call's number."""

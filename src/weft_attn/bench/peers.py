@@ -194,8 +194,8 @@ def _launch_per_prefix(case: Case, tensors: Tensors, groups: PrefixGroups, atten
     return Prepared(_without_grad(forward), backward, layout, key_rows=key_rows, note=REORDERED)
 
 
-def _cu_seqlens(layout: PackedDocuments, device: torch.device) -> torch.Tensor:
-    return torch.tensor(layout.cu_seqlens, dtype=torch.int32, device=device)
+def _cumulative(cu_seqlens: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
 
 
 # ---- Weft -----------------------------------------------------------------------------------------------------------------
@@ -281,25 +281,35 @@ class FlashSdpa:
         if isinstance(layout, DenseBatch):
             return _sdpa(case, tensors, layout, SDPBackend.FLASH_ATTENTION)
         if isinstance(layout, PackedDocuments):
-            cu_seqlens, longest = _cu_seqlens(layout, tensors.device), layout.longest
+            packed = _cumulative(layout.cu_seqlens, tensors.device)
+            longest = layout.longest
             return _one_launch(
-                case, tensors, lambda q, k, v: _flash(q, k, v, cu_seqlens, longest, longest, case.causal), PACKED
+                case, tensors, lambda q, k, v: _flash(q, k, v, packed, packed, longest, longest, case.causal), PACKED
             )
-        return _launch_per_prefix(case, tensors, layout, lambda q, k, v: _flash(q, k, v, None, q.shape[1], k.shape[1], True))
+        lengths = {n for part in layout.prefixes for n in (part.q_stop - part.q_start, part.k_stop)}
+        single = {n: _cumulative((0, n), tensors.device) for n in lengths}
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            rows, keys = q.shape[1], k.shape[1]
+            q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+            return _flash(q, k, v, single[rows], single[keys], rows, keys, True).unflatten(0, (1, -1))
+
+        return _launch_per_prefix(case, tensors, layout, attend)
 
 
 def _flash(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
     longest_q: int,
     longest_k: int,
     causal: bool,
 ) -> torch.Tensor:
-    """PyTorch's FlashAttention-2 operator, differentiable: (T, H, D) with cu_seqlens, (B, S, H, D) without."""
+    """PyTorch's variable-length FlashAttention-2 operator, differentiable, (T, H, D)."""
     out: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, longest_q, longest_k, 0.0, causal, False
+        q, k, v, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k, 0.0, causal, False
     )[0]
     return out
 
@@ -398,7 +408,7 @@ class Flash4:
         layout = case.layout
         options: dict[str, Any] = {"causal": case.causal, "deterministic": case.deterministic}
         if isinstance(layout, PackedDocuments):
-            cu_seqlens, longest = _cu_seqlens(layout, tensors.device), layout.longest
+            cu_seqlens, longest = _cumulative(layout.cu_seqlens, tensors.device), layout.longest
             options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
             options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
             return _one_launch(

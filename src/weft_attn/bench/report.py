@@ -51,10 +51,10 @@ def render(records: Sequence[Record]) -> RenderableType:
     ]
     measured = [r for r in records if r.status not in (RED, ABSENT)]
     parts += [Text(line, style="dim") for line in _grouped("note", ((r.peer, r.note, r.case) for r in measured if r.note))]
-    parts += [
-        Text(line, style="dim")
-        for line in _grouped("ran", ((f"{r.peer} {r.pass_name}", r.config, r.case) for r in measured if r.config))
-    ]
+    # What the others are compared with; their own configs are in the records.
+    bases = {(r.case, r.pass_name): r for r in reversed(measured) if r.config}
+    ran = _grouped("ran", ((f"{r.peer}, {r.pass_name}", r.config, r.case) for r in reversed(bases.values())))
+    parts += [Text(line, style="dim") for line in ran]
     parts += [Text(line, style="dim") for line in dict.fromkeys(_environment(r) for r in records)]
     return Group(*parts)
 
@@ -73,7 +73,7 @@ def _grouped(title: str, entries: Iterable[tuple[str, str, str]]) -> list[str]:
 
 
 def _figures(records: Sequence[Record]) -> Table:
-    table = Table("case", "pass", "peer", "ms (quartiles)", "rate", "of weft", "error / bound")
+    table = Table("case", "pass", "peer", "ms (quartiles)", "rate", "ratio", "error / bound")
     shown = [r for r in records if r.status != ABSENT]
     for index, record in enumerate(shown):
         last = index + 1 == len(shown) or (shown[index + 1].case, shown[index + 1].pass_name) != (record.case, record.pass_name)
@@ -123,4 +123,5 @@ def _who(record: Record) -> str:
 def _environment(record: Record) -> str:
     e = record.environment
     revision = "" if e.revision is None else f" ({e.revision})"
-    return f"{e.device}; {record.heads}; torch {e.torch}, triton {e.triton}, weft {e.weft}{revision}; {e.date}"
+    versions = f"torch {e.torch}, triton {e.triton}, weft {e.weft}{revision}"
+    return "; ".join(part for part in (e.device, record.heads, versions, e.date) if part)

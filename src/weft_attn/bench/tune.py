@@ -27,7 +27,17 @@ from weft_attn.bench.cases import (
     packed_case,
     square_cases,
 )
-from weft_attn.bench.one_kernel import DKDV, DQ, FORWARD, Check, KernelRuns, base_choice, describe_config, measure_configs
+from weft_attn.bench.one_kernel import (
+    DKDV,
+    DQ,
+    FORWARD,
+    Check,
+    KernelRuns,
+    base_choice,
+    describe_config,
+    measure_configs,
+    needs_kernels,
+)
 from weft_attn.bench.records import Environment, Record, environment_of
 from weft_attn.bench.timing import Notify, Pace, silent
 from weft_attn.errors import InvalidInput, require
@@ -160,6 +170,7 @@ def searches(
 def run_searches(request: Request, notify: Notify = silent) -> Iterator[list[Record]]:
     """The records of one search after the other, each written to the table before the next begins."""
     device = chosen_device(request.device_name)
+    needs_kernels(device)
     environment = environment_of(device)
     for search in request.searches:
         tuned = tune(search, device, request.pace, environment, notify=notify)
@@ -202,14 +213,12 @@ def tune(search: Search, device: torch.device, pace: Pace, environment: Environm
     """Search one kernel's configs on a device."""
     case = search.timed_case()
     runs = KernelRuns(case, make_tensors(case, device))
-    if search.few_rows != MANY_ROWS:
-        cut = ops.prepare_forward(case.plan, runs.tensors.q, runs.tensors.k, runs.tensors.v).cut
-        require(
-            cut.tiling.max_tiles is not None,
-            "few rows leave the device idle, so that keys are split",
-            expected="fewer heads or rows",
-            given=f"{search.rows_of_tokens} rows of {search.model.heads} heads",
-        )
+    require(
+        search.few_rows == MANY_ROWS or runs.splits_keys(),
+        "few rows leave the device idle, so that keys are split",
+        expected="fewer heads or rows, or more keys",
+        given=f"{search.rows_of_tokens} rows of {search.model.heads} heads on {search.seqlen} keys",
+    )
     small = search.checked_case()
     check = Check.on(KernelRuns(small, make_tensors(small, device)))
     problem, holder = ops.problem_of(runs.tensors.q, runs.tensors.k, runs.tensors.v), device_of(device)

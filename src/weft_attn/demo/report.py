@@ -224,7 +224,7 @@ def _rank_table(results: Sequence[RankResult], checks: Checks, sizes: Sizes) -> 
 
 
 def _sum_table(checks: Checks) -> Table:
-    table = _table("Gradients of keys and values, summed over the ranks", "", "error <= bound", "")
+    table = _table("Summed over the ranks", "", "error <= bound", "")
     for name, check in (("dK", checks.dk), ("dV", checks.dv)):
         table.add_row(name, _shown(check), _verdict(check.passed))
     return table

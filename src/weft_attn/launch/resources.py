@@ -35,27 +35,55 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def shared_memory(config: LaunchConfig, shape: Shape) -> int:
-    """Bytes of shared memory a program of this config needs, an upper bound."""
-    size = shape.dtype_bits // 8
+@dataclass(frozen=True)
+class Tiles:
+    """A stream kernel by its tiles: `own` rows are kept, `block` rows are staged at a time."""
+
+    own: int
+    own_columns: int
+    block: int
+    block_columns: int
+    widest: int
+    stats: int
+
+
+def _tiles(config: LaunchConfig, shape: Shape) -> Tiles | None:
     d, dv = padded(shape.head_dim), padded(shape.head_dim_v)
     if isinstance(config, ForwardConfig):
-        kept = config.block_q * d * size
-        staged = config.num_stages * config.block_k * (d + dv) * size
-        scratch = config.block_q * config.block_k * size
-        epilogue = config.block_q * dv * 4
-        return max(kept + staged + scratch, epilogue) + 2048
+        return Tiles(config.block_q, d, config.block_k, d + dv, max(d, dv), 0)
     if isinstance(config, BackwardDqConfig):
-        kept = config.block_q * (d + dv) * size
-        staged = config.num_stages * config.block_k * (d + dv) * size
-        scratch = config.block_q * config.block_k * size
-        return max(kept + staged + scratch, config.block_q * d * 4) + 2048
+        return Tiles(config.block_q, d + dv, config.block_k, d + dv, max(d, dv), 0)
     if isinstance(config, BackwardDkdvConfig):
-        kept = config.block_k * (d + dv) * size
-        staged = config.num_stages * config.block_q * ((d + dv) * size + 8)
-        scratch = config.block_q * config.block_k * size
-        return max(kept + staged + scratch, config.block_k * max(d, dv) * 4) + 2048
-    return 16 * 1024
+        # lse and delta of each staged query row, float32.
+        return Tiles(config.block_k, d + dv, config.block_q, d + dv, max(d, dv), 8)
+    return None
+
+
+# Kernels that walk no stream use shared memory for reductions only.
+SMALL_KERNEL = 16 * 1024
+# Barriers and tables.
+RESERVE = 2048
+
+
+def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
+    """Bytes of shared memory a program of this config needs on `arch`, an upper bound of what Triton allocates."""
+    tiles = _tiles(config, shape)
+    if tiles is None:
+        return SMALL_KERNEL
+    size = shape.dtype_bits // 8
+    # AMD keeps operands that do not change in registers.
+    kept = 0 if arch.startswith("gfx") else tiles.own * tiles.own_columns * size
+    staged = config.num_stages * tiles.block * (tiles.block_columns * size + tiles.stats)
+    scores = tiles.own * tiles.block * size
+    scratch = scores
+    if tiles.stats:
+        # A second layout of one streamed tile, where it is not pipelined.
+        scratch += tiles.block * tiles.widest * size
+    if arch in ("sm_100", "sm_103"):
+        # The fifth-generation tensor cores read every operand from shared memory: the scores too, and a transposed tile.
+        scratch = 2 * scores + max(tiles.own, tiles.block) * tiles.widest * size
+    epilogue = tiles.own * tiles.widest * 4
+    return max(kept + staged + scratch, epilogue) + RESERVE
 
 
 def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: int) -> int:
@@ -73,7 +101,7 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
 
 def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
-    needed = shared_memory(config, shape)
+    needed = shared_memory(config, shape, device.arch)
     if needed > device.shared_memory:
         return f"expected at most {device.shared_memory} bytes of shared memory, needs {needed}"
     registers = accumulator_registers(config, shape, device.threads_per_warp)

@@ -9,25 +9,27 @@ once with the Frobenius norm over the tensor, and once as the largest element of
 row, so that one wrong row of a large tensor is caught. u is the unit roundoff of the dtype that results are rounded to: half an
 ulp of 1. The 16 units of float32 are for its arithmetic: sums in another order, and a hardware exp2 that errs by 2 ulp.
 
-dS = P (dP - delta) cancels, to zero for a row that sees one key, and delta = rowsum(dO * out) reads out as it was rounded. The
-error that this carries into dQ, dK and dsinks is `cancellation_noise`; it is subtracted before dQ, dK and dsinks are measured.
+e(baseline) is the larger error of two PyTorch programs: autograd through the reference, every operation in the input dtype; and
+`blockwise`, the formulas of FlashAttention (float32 sums, operands of products rounded, delta = rowsum(dO * out) from the
+rounded out). The first rounds scores, which no kernel does; the second has the cancellation of dP - delta, which autograd has not.
 
-Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest: there, and only there, u(bfloat16) is a whole
-ulp.
+Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest. There, and only there, u(bfloat16) is a whole ulp
+and `blockwise` truncates too.
 
 lse is float32 whatever the inputs are, and is held to a float32 baseline. Its error is an absolute one (it is that of a
 logarithm), so a row's size is at least 1. Rows that see nothing have lse -inf: at exactly the same places. NaN never passes.
+dQ and dK that are zero by cancellation (rows that see one key have dS = 0) are held to float32 roundoff of what cancels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from weft_attn.plan import Plan
-from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START
+from weft_attn.plan.slices import HI, K_LEN, K_START, LO, Q_LEN, Q_START
 from weft_attn.reference import reference_attention
 from weft_attn.testing.cases import Case, Inputs
 
@@ -81,46 +83,55 @@ class Budget:
 def budget(
     actual: torch.Tensor,
     oracle64: torch.Tensor,
-    baseline: torch.Tensor,
+    baseline: torch.Tensor | Sequence[torch.Tensor],
     *,
     dtype: torch.dtype | None = None,
     truncated: bool = False,
     smallest: float = 0.0,
-    noise: torch.Tensor | float = 0.0,
+    zero: float = 0.0,
 ) -> Budget:
     """Measure `actual` against the oracle and what the baseline allows.
 
     Args:
-        actual, oracle64, baseline: same shape; the last dimension is a row.
+        actual, oracle64, baseline: same shape; the last dimension is a row. Of several baselines the worse counts.
         dtype: what the computation rounds to; None: actual's dtype.
         truncated: casts to dtype truncate (see the module's text).
         smallest: the least size of a row.
-        noise: absolute error of an element that does not count; broadcasts to the tensor (see `cancellation_noise`).
+        zero: an oracle smaller than this (root mean square) is zero by cancellation: elements may be off by as much.
     """
-    if actual.shape != oracle64.shape or baseline.shape != oracle64.shape:
+    baselines = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
+    if any(x.shape != oracle64.shape for x in (actual, *baselines)):
         return _failed(f"shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle64.shape)}")
-    a, o, b = (x.detach().to(device=oracle64.device, dtype=torch.float64) for x in (actual, oracle64, baseline))
+    a, o, *bs = (x.detach().to(device=oracle64.device, dtype=torch.float64) for x in (actual, oracle64, *baselines))
     if a.numel() == 0:
         return Budget(0.0, 0.0, 0.0, 0.0)
-    if o.isnan().any() or b.isnan().any():
-        return _failed("the oracle or the baseline holds NaN: nothing to compare with")
+    if any(x.isnan().any() for x in (o, *bs)):
+        return _failed("the oracle or a baseline holds NaN: nothing to compare with")
     if a.isnan().any():
         return _failed(f"{int(a.isnan().sum())} of {a.numel()} elements are NaN, the first at {_first(a.isnan())}")
     wrong = (a.isinf() | o.isinf()) & (a != o)
     if wrong.any():
         return _failed(f"{int(wrong.sum())} infinite elements where the oracle has others, the first at {_first(wrong)}")
     finite = o.isfinite()
-    a, o, b = (torch.where(finite, x, 0.0) for x in (a, o, b))
-    band = rounding_band(dtype or actual.dtype, truncated=truncated)
-    ignored = torch.as_tensor(noise, dtype=torch.float64, device=o.device).expand(o.shape)
-
-    size = max(float(o.norm()), smallest * o.numel() ** 0.5, _TINY)
-    error, base = (max(0.0, float((x - o).norm() - ignored.norm())) / size for x in (a, b))
+    a, o, *bs = (torch.where(finite, x, 0.0) for x in (a, o, *bs))
+    typical = float(o.square().mean().sqrt())
+    if typical < zero:
+        return _measured(a, torch.zeros_like(o), [], torch.ones_like(o), 1.0, zero)
     # A row whose terms cancel is measured against the tensor's typical element.
-    rows = torch.clamp(o.abs().amax(dim=-1, keepdim=True), min=max(float(o.square().mean().sqrt()), smallest, _TINY))
-    off, base_off = (((x - o).abs() - ignored).clamp(min=0) / rows for x in (a, b))
+    rows = o.abs().amax(dim=-1, keepdim=True).clamp(min=max(typical, smallest, _TINY))
+    size = max(float(o.norm()), smallest * o.numel() ** 0.5, _TINY)
+    return _measured(a, o, bs, rows, size, rounding_band(dtype or actual.dtype, truncated=truncated))
+
+
+def _measured(
+    a: torch.Tensor, o: torch.Tensor, baselines: list[torch.Tensor], rows: torch.Tensor, size: float, band: float
+) -> Budget:
+    off = (a - o).abs() / rows
+    base = max((float((b - o).norm()) for b in baselines), default=0.0) / size
+    row_base = max((float(((b - o).abs() / rows).max()) for b in baselines), default=0.0)
     worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-    return Budget(error, BASELINE_FACTOR * base + band, float(off.max()), BASELINE_FACTOR * float(base_off.max()) + band, worst)
+    error = float((a - o).norm()) / size
+    return Budget(error, BASELINE_FACTOR * base + band, float(off.max()), BASELINE_FACTOR * row_base + band, worst)
 
 
 _TINY = 1e-300
@@ -138,15 +149,15 @@ def assert_close_to_oracle(
     name: str,
     actual: torch.Tensor,
     oracle64: torch.Tensor,
-    baseline: torch.Tensor,
+    baseline: torch.Tensor | Sequence[torch.Tensor],
     *,
     dtype: torch.dtype | None = None,
     truncated: bool = False,
     smallest: float = 0.0,
-    noise: torch.Tensor | float = 0.0,
+    zero: float = 0.0,
 ) -> Budget:
     """Raise an AssertionError that names the tensor, the errors, the bounds and the worst element; see `budget`."""
-    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, noise=noise)
+    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, zero=zero)
     if not found.passed:
         raise AssertionError(_describe(name, found, actual, oracle64))
     return found
@@ -225,45 +236,27 @@ def oracle_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True)
     )
 
 
-def baseline_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True) -> Results:
-    """The reference in the input dtype; lse in float32."""
+def baselines_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True) -> list[Results]:
+    """What PyTorch makes of it in the input dtype, as autograd and as FlashAttention would; lse in float32."""
 
     def attention(compute: torch.dtype) -> Attention:
         return lambda q, k, v, sinks: reference_attention(
             q, k, v, plan, sinks=sinks, compute_dtype=compute, **case.options
         )
 
-    low = evaluate(attention(case.dtype), inputs, gradients=gradients)
+    plain = evaluate(attention(case.dtype), inputs, gradients=gradients)
     lse = evaluate(attention(torch.float32), inputs, gradients=False).lse
-    return Results(low.out, lse, low.dq, low.dk, low.dv, low.dsinks)
+    return [replace(plain, lse=lse), blockwise(case, plan, inputs, case.dtype, gradients=gradients)]
 
 
-def cancellation_noise(case: Case, inputs: Inputs, oracle: Results, *, truncated: bool = False) -> dict[str, torch.Tensor]:
-    """Absolute error that dS = P (dP - delta) carries into dQ, dK and dsinks, from the rounding of out and of delta's sum.
-
-        error(delta_i) = u(dtype) |dO_i * out_i| + 2**-24 (|dO_i| max|v| / sqrt(Dv) + |dlse_i|)
-        dQ_i: scale * error(delta_i) * max|k|,   dK: scale * max float32 part * max|q|,   dsinks: |exp(sink - lse) error(delta)|
-
-    where |x| of a row is its Euclidean norm, and * between rows is by element.
-    """
-    dout, out = inputs.dout.double(), oracle.out
-    if out.numel() == 0 or inputs.v.numel() == 0:
+def cancelled_terms(case: Case, inputs: Inputs) -> dict[str, float]:
+    """float32 roundoff of the terms of dP - delta, carried into dQ and dK: all that is left where these are zero."""
+    if 0 in (inputs.q.numel(), inputs.k.numel()):
         return {}
-    longest_v = inputs.v.double().nan_to_num().norm(dim=-1).max()
-    arithmetic = dout.norm(dim=-1) * longest_v * case.dim_v**-0.5
-    if inputs.dlse is not None:
-        arithmetic = arithmetic + inputs.dlse.double().abs().T
-    arithmetic = arithmetic * FLOAT32_UNIT
-    delta = unit_roundoff(case.dtype) * (2 if truncated else 1) * (dout * out).norm(dim=-1) + arithmetic
+    q, k, v, dout = (x.double().nan_to_num() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
-    noise = {
-        "dq": scale * inputs.k.double().nan_to_num().abs().max() * delta[..., None],
-        "dk": scale * inputs.q.double().nan_to_num().abs().max() * arithmetic.max(),
-    }
-    if inputs.sinks is not None:
-        share = torch.exp(inputs.sinks.double()[:, None] - oracle.lse)
-        noise["dsinks"] = (share * delta.T).nan_to_num().norm(dim=-1)
-    return noise
+    dscores = ARITHMETIC_UNITS * FLOAT32_UNIT * scale * float(dout.norm(dim=-1).max() * v.norm(dim=-1).max())
+    return {"dq": dscores * float(k.abs().max()), "dk": dscores * float(q.abs().max())}
 
 
 def assert_matches_oracle(
@@ -273,38 +266,42 @@ def assert_matches_oracle(
     inputs: Inputs,
     *,
     oracle: Results | None = None,
-    baseline: Results | None = None,
+    baselines: list[Results] | None = None,
 ) -> dict[str, Budget]:
     """Hold every tensor of `actual` to its budget; returns the budgets by tensor."""
     gradients = actual.dq is not None
     oracle = oracle or oracle_of(case, plan, inputs, gradients=gradients)
-    baseline = baseline or baseline_of(case, plan, inputs, gradients=gradients)
-    truncated = truncates(case.dtype, inputs.q.device)
-    noise = cancellation_noise(case, inputs, oracle, truncated=truncated)
+    baselines = baselines or baselines_of(case, plan, inputs, gradients=gradients)
+    zeros = cancelled_terms(case, inputs)
     budgets = {}
     for name, tensor in actual.items():
-        exact, plain = getattr(oracle, name), getattr(baseline, name)
+        exact, plain = getattr(oracle, name), [getattr(b, name) for b in baselines]
         if name == "lse":
             # Every element is a row of its own.
-            found = assert_close_to_oracle(
-                name, tensor[..., None], exact[..., None], plain[..., None], dtype=torch.float32, smallest=1.0
+            budgets[name] = assert_close_to_oracle(
+                name, tensor[..., None], exact[..., None], [x[..., None] for x in plain], dtype=torch.float32, smallest=1.0
             )
         else:
-            found = assert_close_to_oracle(
-                name, tensor, exact, plain, dtype=case.dtype, truncated=truncated, noise=noise.get(name, 0.0)
+            budgets[name] = assert_close_to_oracle(
+                name,
+                tensor,
+                exact,
+                plain,
+                dtype=case.dtype,
+                truncated=truncates(case.dtype, inputs.q.device),
+                zero=zeros.get(name, 0.0),
             )
-        budgets[name] = found
     return budgets
 
 
-# ---- large shapes ---------------------------------------------------------------------------------------------------------
+# ---- by blocks ------------------------------------------------------------------------------------------------------------
 
 
 def visible(plan: Plan, first: int, stop: int, device: torch.device) -> torch.Tensor:
     """Rows [first, stop) of `plan.to_mask()`, made on a device."""
     mask = torch.zeros(stop - first, plan.total_k, dtype=torch.bool, device=device)
     for row in plan.rows[(plan.rows[:, Q_START] < stop) & (plan.rows[:, Q_START] + plan.rows[:, Q_LEN] > first)]:
-        q_start, q_stop, lo, hi = int(row[Q_START]), int(row[Q_START] + row[Q_LEN]), int(row[4]), int(row[5])
+        q_start, q_stop, lo, hi = int(row[Q_START]), int(row[Q_START] + row[Q_LEN]), int(row[LO]), int(row[HI])
         k_start, k_stop = int(row[K_START]), int(row[K_START] + row[K_LEN])
         rows = torch.arange(max(first, q_start), min(stop, q_stop), device=device)[:, None] - q_start
         offset = torch.arange(k_stop - k_start, device=device)[None, :] - rows
@@ -313,57 +310,66 @@ def visible(plan: Plan, first: int, stop: int, device: torch.device) -> torch.Te
     return mask
 
 
+def truncated_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """The nearest bfloat16 towards zero, as float32: what Triton's interpreter stores."""
+    return (x.contiguous().view(torch.int32) & -(2**16)).view(torch.float32)
+
+
 def blockwise(
     case: Case, plan: Plan, inputs: Inputs, compute: torch.dtype, *, gradients: bool = True, rows: int = 256
 ) -> Results:
-    """The reference and its gradients by blocks of query rows, for shapes whose scores do not fit; written out by hand.
+    """Attention and its gradients by blocks of query rows, the formulas written out, for any size.
 
-    In float64 an oracle; in the input dtype a baseline (products and probabilities in that dtype, sums over blocks and softmax
-    statistics in float32, as a careful PyTorch program would have it).
+    In float64 an oracle; in the input dtype a baseline: operands of products and results are rounded to it, sums and softmax
+    statistics are float32. Gradients of tensors that are rounded once at the end are summed over blocks before.
     """
     stats = torch.float64 if compute == torch.float64 else torch.float32
+    is_truncated = truncates(compute, inputs.q.device)
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return truncated_to_bfloat16(x) if is_truncated else x.to(compute).to(stats)
+
     group = case.heads // case.kv_heads
     scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
-    q, k, v, dout = (x.to(compute) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+    q, k, v, dout = (x.to(stats) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
     out = torch.zeros(plan.total_q, case.heads, case.dim_v, dtype=stats, device=q.device)
     lse = torch.full((case.heads, plan.total_q), float("-inf"), dtype=stats, device=q.device)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=stats, device=q.device) for x in (q, k, v))
-    dsinks = None if inputs.sinks is None else torch.zeros(case.heads, dtype=stats, device=q.device)
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    sinks = None if inputs.sinks is None else inputs.sinks.to(stats)
+    dsinks = None if sinks is None else torch.zeros_like(sinks)
     for first in range(0, plan.total_q, rows):
-        stop = min(first + rows, plan.total_q)
-        mask = visible(plan, first, stop, q.device)
+        block = slice(first, min(first + rows, plan.total_q))
+        mask = visible(plan, block.start, block.stop, q.device)
         seen = mask.any(dim=0).nonzero()[:, 0]
         mask = mask[:, seen]
         for head in range(case.heads):
             kv = head // group
-            k_seen, v_seen, q_rows = k[seen, kv], v[seen, kv], q[first:stop, head]
-            scores = (q_rows @ k_seen.T * scale).to(stats)
+            k_seen, v_seen = k[seen, kv], v[seen, kv]
+            scores = q[block, head] @ k_seen.T * scale
             slope = torch.ones_like(scores)
             if case.softcap > 0:
                 capped = torch.tanh(scores / case.softcap)
                 slope, scores = 1 - capped.square(), capped * case.softcap
-            scores = scores.masked_fill(~mask, float("-inf"))
-            joined = scores
-            if inputs.sinks is not None:
-                joined = torch.cat([scores, inputs.sinks[head].to(stats).expand(stop - first, 1)], dim=1)
+            joined = scores = scores.masked_fill(~mask, float("-inf"))
+            if sinks is not None:
+                joined = torch.cat([scores, sinks[head].expand(len(scores), 1)], dim=1)
             row_lse = torch.logsumexp(joined, dim=1)
-            lse[head, first:stop] = row_lse
-            probs = torch.exp(scores - row_lse.masked_fill(row_lse.isinf(), 0.0)[:, None])
-            out[first:stop, head] = (probs.to(compute) @ v_seen).to(stats)
+            empty = row_lse.isinf()
+            probs = torch.exp(scores - row_lse.masked_fill(empty, 0.0)[:, None])
+            lse[head, block] = row_lse
+            out[block, head] = rounded(rounded(probs) @ v_seen)
             if not gradients:
                 continue
-            dout_rows = dout[first:stop, head]
-            dprobs = (dout_rows @ v_seen.T).to(stats)
-            delta = (probs * dprobs).sum(dim=1)
+            delta = (dout[block, head] * out[block, head]).sum(dim=1)
             if inputs.dlse is not None:
-                delta = delta - torch.where(row_lse.isinf(), 0.0, inputs.dlse[head, first:stop].to(stats))
-            dscores = (probs * (dprobs - delta[:, None]) * slope * scale).to(compute)
-            dq[first:stop, head] = (dscores @ k_seen).to(stats)
-            dk[:, kv].index_add_(0, seen, (dscores.T @ q_rows).to(stats))
-            dv[:, kv].index_add_(0, seen, (probs.to(compute).T @ dout_rows).to(stats))
-            if dsinks is not None and inputs.sinks is not None:
-                share = torch.exp(inputs.sinks[head].to(stats) - row_lse)
-                dsinks[head] -= (share * delta).sum()
+                delta -= inputs.dlse[head, block].to(stats).masked_fill(empty, 0.0)
+            dprobs = dout[block, head] @ v_seen.T
+            dscores = rounded(probs * (dprobs - delta[:, None]) * slope)
+            dq[block, head] = dscores @ k_seen * scale
+            dk[:, kv].index_add_(0, seen, dscores.T @ q[block, head] * scale)
+            dv[:, kv].index_add_(0, seen, rounded(probs).T @ dout[block, head])
+            if sinks is not None and dsinks is not None:
+                dsinks[head] -= (torch.exp(sinks[head] - row_lse) * delta).masked_fill(empty, 0.0).sum()
     if not gradients:
         return Results(out, lse)
-    return Results(out, lse, dq, dk, dv, dsinks)
+    return Results(out, lse, rounded(dq), rounded(dk), rounded(dv), dsinks)

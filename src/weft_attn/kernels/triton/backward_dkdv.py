@@ -72,6 +72,8 @@ def _accumulate_stream(
     k_rows,
     runs_ptr,
     run,
+    col,
+    left,
     n_tiles,
     q_ptr,
     q_desc,
@@ -104,7 +106,6 @@ def _accumulate_stream(
 ):
     # dk_acc (BLOCK_K, D), dv_acc (BLOCK_K, Dv): float32
     begin = run
-    col, left = first_tile(runs_ptr, run)
     begin_col, begin_left = col, left
     tiles_done = 0
     head = first_head
@@ -202,6 +203,11 @@ def attention_backward_dkdv_kernel(
 ):
     item, kv_head = program_item_and_head(n_items, n_heads, heads_per_wave)
     item_ptr = items_ptr + item * ITEM_WIDTH
+    # Where both streams begin: asked for now, so that the answers are there when a stream starts.
+    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_col, interior_left = first_tile(runs_ptr, interior_run)
+    edge_col, edge_left = first_tile(runs_ptr, edge_run)
     k_row = tl.load(item_ptr + ITEM_ROW)
     tile_rows = tl.arange(0, BLOCK_K)
     row_mask = tile_rows < tl.load(item_ptr + ITEM_N_ROWS)
@@ -216,14 +222,14 @@ def attention_backward_dkdv_kernel(
     first_head = kv_head * GROUP
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_INTERIOR_RUN), tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
         q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
         stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_EDGE_RUN), tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
         q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
         stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,

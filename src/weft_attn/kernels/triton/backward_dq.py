@@ -45,6 +45,8 @@ def _accumulate_stream(
     q_rows,
     runs_ptr,
     run,
+    col,
+    left,
     n_tiles,
     k_ptr,
     k_desc,
@@ -69,7 +71,6 @@ def _accumulate_stream(
     IS_MASKED: tl.constexpr,
 ):
     # dq_acc (BLOCK_Q, D) float32
-    col, left = first_tile(runs_ptr, run)
     for _ in range(n_tiles):
         col_stop = col + BLOCK_K
         if IS_MASKED:
@@ -145,6 +146,11 @@ def attention_backward_dq_kernel(
 ):
     item, head = program_item_and_head(n_items, n_heads, heads_per_wave)
     item_ptr = items_ptr + item * ITEM_WIDTH
+    # Where both streams begin: asked for now, so that the answers are there when a stream starts.
+    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_col, interior_left = first_tile(runs_ptr, interior_run)
+    edge_col, edge_left = first_tile(runs_ptr, edge_run)
     tile_rows = tl.arange(0, BLOCK_Q)
     row_mask = tile_rows < tl.load(item_ptr + ITEM_N_ROWS)
     q_rows = tl.load(item_ptr + ITEM_ROW) + tile_rows
@@ -168,13 +174,13 @@ def attention_backward_dq_kernel(
     kv_head = head // GROUP
     dq_acc = _accumulate_stream(
         dq_acc, q_tile, dout_tile, lse_log2, delta, q_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_INTERIOR_RUN), tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     dq_acc = _accumulate_stream(
         dq_acc, q_tile, dout_tile, lse_log2, delta, q_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_EDGE_RUN), tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
     )  # fmt: skip

@@ -48,6 +48,8 @@ def _attend_stream(
     q_rows,
     runs_ptr,
     run,
+    col,
+    left,
     n_tiles,
     k_ptr,
     k_desc,
@@ -72,7 +74,6 @@ def _attend_stream(
     IS_MASKED: tl.constexpr,
 ):
     # acc (BLOCK_Q, Dv), row_sum (BLOCK_Q,), row_max (BLOCK_Q,) in log2 units
-    col, left = first_tile(runs_ptr, run)
     for _ in range(n_tiles):
         col_stop = col + BLOCK_K
         if IS_MASKED:
@@ -158,6 +159,11 @@ def attention_forward_kernel(
     item_ptr = items_ptr + item * ITEM_WIDTH
     q_row = tl.load(item_ptr + ITEM_ROW)
     n_rows = tl.load(item_ptr + ITEM_N_ROWS)
+    # Where both streams begin: asked for now, so that the answers are there when a stream starts.
+    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_col, interior_left = first_tile(runs_ptr, interior_run)
+    edge_col, edge_left = first_tile(runs_ptr, edge_run)
     kv_head = pack_of_heads * PACK // GROUP
 
     tile_rows = tl.arange(0, BLOCK_Q)
@@ -179,13 +185,13 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_Q, HEAD_DIM_V_PADDED], tl.float32)
     acc, row_sum, row_max = _attend_stream(
         acc, row_sum, row_max, q_tile, q_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_INTERIOR_RUN), tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_stream(
         acc, row_sum, row_max, q_tile, q_rows, runs_ptr,
-        tl.load(item_ptr + ITEM_EDGE_RUN), tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
     )  # fmt: skip

@@ -1,0 +1,274 @@
+"""Every kernel of every launch table, compiled for targets that are not there, and what is wrong with the result.
+
+A variant is a table's row at one head dim, dtype and set of features. Rows are compiled at their own head dim (where the target
+cannot hold that, at the widest that it holds: selection takes them for narrow heads) and at one that is no power of two, whose
+columns are masked and which tensor descriptors cannot describe.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import triton
+
+from weft_attn.errors import Unsupported, require
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.offline import compile_call
+from weft_attn.launch.config import CONFIGS, CombineConfig, DeltaConfig, ForwardConfig, LaunchConfig, StreamConfig
+from weft_attn.launch.device import Device, target
+from weft_attn.launch.resources import Shape, padded, shared_memory, shortfall
+from weft_attn.launch.select import MANY_ROWS, Problem, select, tables, tma_usable
+
+DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
+# A call's shape where only strides and dtypes matter: Llama 3 8B.
+TOKENS, HEADS, KV_HEADS = 4096, 32, 8
+SOFTCAP = 30.0
+# What `quick` compiles: the configs that selection gives these head dims.
+QUICK_HEAD_DIM, QUICK_RAGGED = 128, 96
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation.
+
+    Attributes:
+        source: the table whose row this is.
+        few_rows: the forward's keys are split and query heads share a tile.
+        all_features: softcap, sinks, a gradient of lse, float32 dK and dV: whatever the kernel knows of these.
+    """
+
+    arch: str
+    kernel: str
+    source: str
+    config: LaunchConfig
+    head_dim: int
+    dtype: torch.dtype
+    few_rows: bool
+    all_features: bool
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.head_dim, self.head_dim, self.dtype.itemsize * 8)
+
+    def __str__(self) -> str:
+        parts = [str(self.dtype).removeprefix("torch."), f"D={self.head_dim}"]
+        parts += ["few rows"] * self.few_rows + ["all features"] * self.all_features
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the compiler says of a variant; `error` where it failed."""
+
+    variant: Variant
+    registers: int | None = None
+    spilled_bytes: int = 0
+    shared_memory: int = 0
+    atomics: int = 0
+    error: str = ""
+
+    @property
+    def shared_memory_bound(self) -> int:
+        """What launch/resources.py computes."""
+        return shared_memory(self.variant.config, self.variant.shape, self.variant.arch)
+
+    def faults(self, max_spill: int) -> list[str]:
+        """What is wrong with it, in words; a thread may spill `max_spill` bytes."""
+        if self.error:
+            return [self.error]
+        available = target(self.variant.arch).shared_memory
+        found = []
+        if self.spilled_bytes > max_spill:
+            found.append(f"spills {self.spilled_bytes} bytes, more than {max_spill}")
+        if self.shared_memory > available:
+            found.append(f"needs {self.shared_memory} bytes of shared memory of {available}")
+        if self.shared_memory > self.shared_memory_bound:
+            found.append(f"needs {self.shared_memory} bytes of shared memory, computed bound {self.shared_memory_bound}")
+        if self.atomics:
+            found.append(f"holds {self.atomics} atomics")
+        return found
+
+
+def variants(
+    archs: Sequence[str], *, kernels: Sequence[str] = (), head_dim: int | None = None, quick: bool = False
+) -> list[Variant]:
+    """What to compile for targets.
+
+    Args:
+        archs: "sm_90", "gfx942", ...
+        kernels: only these; empty: all.
+        head_dim: only this one; None: of each row its own and one that is no power of two.
+        quick: for each kernel only what selection gives one head dim and one that is no power of two.
+
+    Raises:
+        Unsupported: an unknown target.
+        InvalidInput: an unknown kernel.
+    """
+    for kernel in kernels:
+        require(kernel in CONFIGS, "a kernel is known", expected=f"one of {sorted(CONFIGS)}", given=repr(kernel))
+    found: dict[Any, Variant] = {}
+    for arch in dict.fromkeys(archs):
+        device = target(arch)
+        for each in _quick_variants(device, head_dim) if quick else _row_variants(device, head_dim):
+            if not kernels or each.kernel in kernels:
+                # The same numbers in two tables compile to the same kernel.
+                found.setdefault(replace(each, source=""), each)
+    return list(found.values())
+
+
+def _row_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
+    for table in tables():
+        if table.arch not in (device.arch, "any"):
+            continue
+        for row in table.rows:
+            if head_dim is None:
+                dims = _dims_of(row.config, row.head_dim, row.dtype_bits, device)
+            else:
+                dims = [head_dim] if padded(head_dim) <= row.head_dim else []
+            for dim in dims:
+                for dtype in DTYPES[row.dtype_bits]:
+                    for all_features in (False, True):
+                        yield from _if_it_fits(
+                            device, table.name, row.config, dim, dtype, row.few_rows != MANY_ROWS, all_features
+                        )
+
+
+def _dims_of(config: LaunchConfig, widest: int, dtype_bits: int, device: Device) -> list[int]:
+    """The widest power of two up to `widest` that the device holds, and three quarters of it; empty when none fits."""
+    dim = widest
+    while dim >= 16 and shortfall(config, Shape(dim, dim, dtype_bits), device):
+        dim //= 2
+    return [] if dim < 16 else [dim, max(8, dim * 3 // 4 // 8 * 8)]
+
+
+def _quick_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
+    dims = (QUICK_HEAD_DIM, QUICK_RAGGED) if head_dim is None else (head_dim,)
+    for dim in dims:
+        problem = Problem(dim, dim, 16)
+        for kernel, config in CONFIGS.items():
+            if dim == QUICK_RAGGED and not issubclass(config, StreamConfig):
+                continue
+            choice = select(kernel, problem, device)
+            yield from _if_it_fits(device, choice.source, choice.config, dim, torch.bfloat16, False, True)
+        few = select("forward", replace(problem, few_rows=HEADS // KV_HEADS), device)
+        yield from _if_it_fits(device, few.source, few.config, dim, torch.bfloat16, True, True)
+
+
+def _if_it_fits(
+    device: Device, source: str, config: LaunchConfig, head_dim: int, dtype: torch.dtype, few_rows: bool, all_features: bool
+) -> Iterator[Variant]:
+    """The variant as selection would launch it; none where it would pass the row over."""
+    problem = Problem(head_dim, head_dim, dtype.itemsize * 8)
+    if isinstance(config, StreamConfig) and config.use_tma and not tma_usable(problem, device):
+        config = replace(config, use_tma=False)
+    if not shortfall(config, problem.shape, device):
+        yield Variant(device.arch, config.kernel, source, config, head_dim, dtype, few_rows, all_features)
+
+
+def call_of(variant: Variant) -> KernelCall:
+    """The variant's launch, on tensors without storage."""
+    from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
+    from weft_attn.kernels.triton.backward_dq import backward_dq_call
+    from weft_attn.kernels.triton.combine import combine_call
+    from weft_attn.kernels.triton.delta import delta_call
+    from weft_attn.kernels.triton.forward import forward_call
+
+    def empty(*shape: int, dtype: torch.dtype = variant.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    config, dim, has_all = variant.config, variant.head_dim, variant.all_features
+    rows, keys = empty(TOKENS, HEADS, dim), empty(TOKENS, KV_HEADS, dim)
+    statistics = empty(HEADS, TOKENS, dtype=torch.float32)
+    sinks = empty(HEADS, dtype=torch.float32) if has_all else None
+    table = empty(100, 8, dtype=torch.int32)
+    softcap = SOFTCAP if has_all else 0.0
+    stream: dict[str, Any] = dict(items=table, runs=table, n_items=100, softmax_scale=dim**-0.5, softcap=softcap, config=config)
+    backward: dict[str, Any] = dict(
+        q=rows, k=keys, v=keys, dout=rows, lse_log2=statistics, delta=statistics, heads_per_wave=KV_HEADS, **stream
+    )
+    gradient = empty(TOKENS, KV_HEADS, dim, dtype=torch.float32) if has_all else keys
+    pack = HEADS // KV_HEADS if variant.few_rows or isinstance(config, CombineConfig) else 1
+    block_q = config.block_q if isinstance(config, ForwardConfig) else 16
+    partial = empty(100, HEADS // pack, block_q, dim, dtype=torch.float32)
+    partial_lse = empty(100, HEADS // pack, block_q, dtype=torch.float32)
+    if isinstance(config, ForwardConfig):
+        return forward_call(
+            q=rows,
+            k=keys,
+            v=keys,
+            sinks=sinks,
+            out=rows,
+            lse=statistics,
+            partial_out=partial if variant.few_rows else None,
+            partial_lse=partial_lse if variant.few_rows else None,
+            pack=pack,
+            heads_per_wave=HEADS // pack,
+            **stream,
+        )
+    if isinstance(config, CombineConfig):
+        return combine_call(
+            partial_out=partial,
+            partial_lse=partial_lse,
+            sinks=sinks,
+            out=rows,
+            lse=statistics,
+            combines=empty(10, 4, dtype=torch.int32),
+            n_combines=10,
+            pack=pack,
+            config=config,
+        )
+    if isinstance(config, DeltaConfig):
+        return delta_call(
+            out=rows,
+            dout=rows,
+            lse=statistics,
+            dlse=statistics if has_all else None,
+            delta=statistics,
+            lse_log2=statistics,
+            config=config,
+        )
+    if config.kernel == "backward_dkdv":
+        return backward_dkdv_call(dk=gradient, dv=gradient, **backward)
+    return backward_dq_call(dq=rows, **backward)
+
+
+def compile_all(chosen: Sequence[Variant], workers: int = 2) -> Iterator[Outcome]:
+    """Compile variants in processes of their own, from nothing (no cache is read); outcomes in order.
+
+    Raises:
+        Unsupported: this process interprets kernels, and so would the workers.
+    """
+    if triton.knobs.runtime.interpret:
+        raise Unsupported("kernels are compiled: expected TRITON_INTERPRET unset, given a Triton that interprets them")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(workers, get_context("spawn"), _use_cache, (cache,)) as pool,
+    ):
+        futures = [pool.submit(compile_variant, variant) for variant in chosen]
+        for variant, future in zip(chosen, futures, strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield Outcome(variant, error="a compiler process died (find out which with --workers 1)")
+
+
+def _use_cache(folder: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = folder
+
+
+def compile_variant(variant: Variant) -> Outcome:
+    """Compile one variant here."""
+    try:
+        compiled = compile_call(call_of(variant), variant.arch)
+    except Exception as error:  # noqa: BLE001 (Triton, LLVM and assemblers raise what they like; it is the outcome)
+        lines = str(error).strip().splitlines() or [""]
+        return Outcome(variant, error=f"{type(error).__name__}: {lines[-1]}")
+    return Outcome(variant, compiled.registers, compiled.spilled_bytes, compiled.shared_memory, compiled.atomics)

@@ -1,0 +1,59 @@
+"""Kernel tests run the real Triton kernels on CPU tensors, in Triton's interpreter, in a process of their own.
+
+Triton decides when it is imported whether `triton.jit` compiles or interprets, so this file must come before any import of it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise pytest.UsageError(
+        "tests/kernels interpret the Triton kernels: expected Triton not to be imported yet, or TRITON_INTERPRET=1 from the start; "
+        "given a process that has imported Triton to compile. Run `pytest tests/kernels` by itself."
+    )
+os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+
+assert triton.knobs.runtime.interpret
+
+from weft_attn.launch import device as launch_device
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Rows that see nothing take log2(0) and -inf - -inf on their way to a `where`; numpy warns, GPUs do not.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    strangers = sorted({str(item.path) for item in session.items if HERE not in item.path.parents})
+    if strangers:
+        raise pytest.UsageError(
+            f"tests/kernels interpret every Triton kernel of their process: expected them alone, given {strangers[0]} too. "
+            "Run `pytest tests/kernels` by itself."
+        )
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_is_nan(nan_memory: None) -> None:
+    """Every kernel test runs with outputs that hold NaN until a kernel writes them."""
+
+
+@pytest.fixture
+def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give the interpreter's device another number of multiprocessors: many of them make few rows split their keys."""
+
+    def apply(count: int) -> None:
+        wide = replace(launch_device.INTERPRETER, multiprocessors=count)
+        monkeypatch.setattr("weft_attn.ops.device_of", lambda device: wide)
+
+    return apply
