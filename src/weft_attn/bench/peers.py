@@ -292,7 +292,8 @@ class FlashSdpa:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             rows, keys = q.shape[1], k.shape[1]
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            return _flash(q, k, v, single[rows], single[keys], rows, keys, True).unflatten(0, (1, -1))
+            out: torch.Tensor = _flash(q, k, v, single[rows], single[keys], rows, keys, True).unflatten(0, (1, -1))
+            return out
 
         return _launch_per_prefix(case, tensors, layout, attend)
 

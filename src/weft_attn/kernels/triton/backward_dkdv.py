@@ -17,15 +17,9 @@ import triton
 import triton.language as tl
 
 from weft_attn.kernels.call import KernelCall, tensor_descriptor, vector_descriptor
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import dot_precision, padded_head_dim, score_scales
 from weft_attn.kernels.triton.tiles import (
-    ITEM_EDGE_RUN,
-    ITEM_EDGE_TILES,
-    ITEM_INTERIOR_RUN,
-    ITEM_INTERIOR_TILES,
-    ITEM_N_ROWS,
-    ITEM_ROW,
-    ITEM_WIDTH,
     add_product,
     cap_scores,
     load_rows,
@@ -34,7 +28,7 @@ from weft_attn.kernels.triton.tiles import (
     program_item_and_head,
     store_rows,
 )
-from weft_attn.kernels.triton.visibility import RUN_WIDTH, first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
 
 @triton.jit
@@ -112,7 +106,7 @@ def _accumulate_stream(
     for _ in range(n_tiles * GROUP):
         col_stop = col + BLOCK_Q
         if IS_MASKED:
-            first, stop, col_stop = interval_in_run(runs_ptr + run * RUN_WIDTH, k_rows)
+            first, stop, col_stop = interval_in_run(runs_ptr + run * layout.RUN_WIDTH, k_rows)
         cols = col + tl.arange(0, BLOCK_Q)
         q_tile = load_stream_tile(
             q_ptr, q_desc, head, col, col_stop, stride_qt, stride_qh,
@@ -200,17 +194,18 @@ def attention_backward_dkdv_kernel(
     USE_TMA: tl.constexpr,
     CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAYOUT_DIGEST: tl.constexpr,
 ):
     item, kv_head = program_item_and_head(n_items, n_heads, heads_per_wave)
-    item_ptr = items_ptr + item * ITEM_WIDTH
+    item_ptr = items_ptr + item * layout.ITEM_WIDTH
     # Where both streams begin: asked for now, so that the answers are there when a stream starts.
-    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
-    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + layout.ITEM_EDGE_RUN)
     interior_col, interior_left = first_tile(runs_ptr, interior_run)
     edge_col, edge_left = first_tile(runs_ptr, edge_run)
-    k_row = tl.load(item_ptr + ITEM_ROW)
+    k_row = tl.load(item_ptr + layout.ITEM_ROW)
     tile_rows = tl.arange(0, BLOCK_K)
-    row_mask = tile_rows < tl.load(item_ptr + ITEM_N_ROWS)
+    row_mask = tile_rows < tl.load(item_ptr + layout.ITEM_N_ROWS)
     k_rows = k_row + tile_rows
     wide_rows = k_rows.to(tl.int64)
     wide_head = kv_head.to(tl.int64)
@@ -222,14 +217,14 @@ def attention_backward_dkdv_kernel(
     first_head = kv_head * GROUP
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
-        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES),
         q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
         stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     dk_acc, dv_acc = _accumulate_stream(
         dk_acc, dv_acc, k_tile, v_tile, k_rows, runs_ptr,
-        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + layout.ITEM_EDGE_TILES),
         q_ptr, q_desc, dout_ptr, dout_desc, lse_log2_ptr, lse_log2_desc, delta_ptr, delta_desc, first_head,
         stride_qt, stride_qh, stride_dot, stride_doh, stride_stats_copy, stride_stats_h, inner_scale, outer_scale,
         GROUP, HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_Q, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
@@ -307,6 +302,7 @@ def backward_dkdv_call(
             outer_scale=outer_scale,
         ),
         constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             HEAD_DIM_V=v.shape[2],

@@ -15,15 +15,9 @@ import triton
 import triton.language as tl
 
 from weft_attn.kernels.call import KernelCall, tensor_descriptor
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import dot_precision, padded_head_dim, score_scales
 from weft_attn.kernels.triton.tiles import (
-    ITEM_EDGE_RUN,
-    ITEM_EDGE_TILES,
-    ITEM_INTERIOR_RUN,
-    ITEM_INTERIOR_TILES,
-    ITEM_N_ROWS,
-    ITEM_ROW,
-    ITEM_WIDTH,
     add_product,
     cap_scores,
     load_rows,
@@ -32,7 +26,7 @@ from weft_attn.kernels.triton.tiles import (
     program_item_and_head,
     store_rows,
 )
-from weft_attn.kernels.triton.visibility import RUN_WIDTH, first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
 
 @triton.jit
@@ -74,7 +68,7 @@ def _accumulate_stream(
     for _ in range(n_tiles):
         col_stop = col + BLOCK_K
         if IS_MASKED:
-            first, stop, col_stop = interval_in_run(runs_ptr + run * RUN_WIDTH, q_rows)
+            first, stop, col_stop = interval_in_run(runs_ptr + run * layout.RUN_WIDTH, q_rows)
         k_tile = load_stream_tile(
             k_ptr, k_desc, kv_head, col, col_stop, stride_kt, stride_kh,
             BLOCK_K, HEAD_DIM, HEAD_DIM_PADDED, IS_MASKED, USE_TMA, CACHE,
@@ -143,17 +137,18 @@ def attention_backward_dq_kernel(
     USE_TMA: tl.constexpr,
     CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAYOUT_DIGEST: tl.constexpr,
 ):
     item, head = program_item_and_head(n_items, n_heads, heads_per_wave)
-    item_ptr = items_ptr + item * ITEM_WIDTH
+    item_ptr = items_ptr + item * layout.ITEM_WIDTH
     # Where both streams begin: asked for now, so that the answers are there when a stream starts.
-    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
-    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + layout.ITEM_EDGE_RUN)
     interior_col, interior_left = first_tile(runs_ptr, interior_run)
     edge_col, edge_left = first_tile(runs_ptr, edge_run)
     tile_rows = tl.arange(0, BLOCK_Q)
-    row_mask = tile_rows < tl.load(item_ptr + ITEM_N_ROWS)
-    q_rows = tl.load(item_ptr + ITEM_ROW) + tile_rows
+    row_mask = tile_rows < tl.load(item_ptr + layout.ITEM_N_ROWS)
+    q_rows = tl.load(item_ptr + layout.ITEM_ROW) + tile_rows
     wide_rows = q_rows.to(tl.int64)
     wide_head = head.to(tl.int64)
     # (BLOCK_Q, D), (BLOCK_Q, Dv)
@@ -164,7 +159,7 @@ def attention_backward_dq_kernel(
     if USE_IDENTITY_DOT:
         # As in the forward: an operand in registers instead of one re-read from shared memory per key tile.
         dims = tl.arange(0, HEAD_DIM_PADDED)
-        identity = (dims[:, None] == dims[None, :]).to(q_tile.dtype)
+        identity = tl.where(dims[:, None] == dims[None, :], 1.0, 0.0).to(q_tile.dtype)
         q_tile = product(q_tile, identity, PRECISION).to(q_tile.dtype)
     stats = wide_head * stride_stats_h + q_rows
     lse_log2 = tl.load(lse_log2_ptr + stats, mask=row_mask, other=float("inf"))
@@ -174,13 +169,13 @@ def attention_backward_dq_kernel(
     kv_head = head // GROUP
     dq_acc = _accumulate_stream(
         dq_acc, q_tile, dout_tile, lse_log2, delta, q_rows, runs_ptr,
-        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     dq_acc = _accumulate_stream(
         dq_acc, q_tile, dout_tile, lse_log2, delta, q_rows, runs_ptr,
-        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + layout.ITEM_EDGE_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
     )  # fmt: skip
@@ -248,6 +243,7 @@ def backward_dq_call(
             outer_scale=outer_scale,
         ),
         constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             HEAD_DIM_V=v.shape[2],

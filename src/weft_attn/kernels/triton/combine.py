@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import LN_2, LOG2_E, load_rows
-
-COMBINE_WIDTH = tl.constexpr(4)
+from weft_attn.kernels.triton.tiles import load_rows
 
 
 @triton.jit
@@ -39,25 +38,26 @@ def attention_combine_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    LAYOUT_DIGEST: tl.constexpr,
 ):
     row_in_tile = tl.program_id(0) % BLOCK_Q
     pack = tl.program_id(0) // BLOCK_Q % n_packs
-    combine_ptr = combines_ptr + tl.program_id(0) // BLOCK_Q // n_packs * COMBINE_WIDTH
-    q_row = tl.load(combine_ptr) + row_in_tile // PACK
+    combine_ptr = combines_ptr + tl.program_id(0) // BLOCK_Q // n_packs * layout.COMBINE_WIDTH
+    q_row = tl.load(combine_ptr + layout.COMBINE_ROW) + row_in_tile // PACK
     head = pack * PACK + row_in_tile % PACK
-    if row_in_tile // PACK < tl.load(combine_ptr + 1):
-        first_slot = tl.load(combine_ptr + 2)
-        n_slots = tl.load(combine_ptr + 3)
+    if row_in_tile // PACK < tl.load(combine_ptr + layout.COMBINE_N_ROWS):
+        first_slot = tl.load(combine_ptr + layout.COMBINE_FIRST_SLOT)
+        n_slots = tl.load(combine_ptr + layout.COMBINE_N_SLOTS)
         parts = tl.arange(0, BLOCK_SLOTS)
         peak = tl.full([], float("-inf"), tl.float32)
         if HAS_SINKS:
-            peak = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+            peak = tl.load(sinks_ptr + head).to(tl.float32) * layout.LOG2_E
         total = tl.where(peak == float("-inf"), 0.0, 1.0)
         acc = tl.zeros([HEAD_DIM_V_PADDED], tl.float32)
         for begin in range(0, n_slots, BLOCK_SLOTS):
             is_part = begin + parts < n_slots
             rows = ((first_slot + begin + parts).to(tl.int64) * n_packs + pack) * BLOCK_Q + row_in_tile
-            lse_log2 = tl.load(partial_lse_ptr + rows, mask=is_part, other=float("-inf")) * LOG2_E
+            lse_log2 = tl.load(partial_lse_ptr + rows, mask=is_part, other=float("-inf")) * layout.LOG2_E
             new_peak = tl.maximum(peak, tl.max(lse_log2, 0))
             shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             rescale = tl.exp2(peak - shift)
@@ -69,7 +69,7 @@ def attention_combine_kernel(
             peak = new_peak
         sees_nothing = total == 0
         acc = acc / tl.where(sees_nothing, 1.0, total)
-        lse = tl.where(sees_nothing, float("-inf"), (peak + tl.log2(total)) * LN_2)
+        lse = tl.where(sees_nothing, float("-inf"), (peak + tl.log2(total)) * layout.LN_2)
         dims = tl.arange(0, HEAD_DIM_V_PADDED)
         out_row = out_ptr + q_row.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh
         tl.store(out_row + dims, acc.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM_V)
@@ -115,6 +115,7 @@ def combine_call(
             n_packs=n_packs,
         ),
         constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
             PACK=pack,
             HEAD_DIM_V=head_dim_v,
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),

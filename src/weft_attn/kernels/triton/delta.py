@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import LOG2_E, load_rows
+from weft_attn.kernels.triton.tiles import load_rows
 
 
 @triton.jit
@@ -43,6 +44,7 @@ def attention_delta_kernel(
     BLOCK_ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     COPIES: tl.constexpr,
+    LAYOUT_DIGEST: tl.constexpr,
 ):
     head = tl.program_id(0) % n_heads
     rows = tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -57,7 +59,7 @@ def attention_delta_kernel(
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + head.to(tl.int64) * stride_dlse_h + offsets, mask=row_mask, other=0.0)
     lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lse_h + offsets, mask=row_mask, other=0.0)
-    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * layout.LOG2_E)
     element = head.to(tl.int64) * total_q + offsets
     for copy in tl.static_range(COPIES):
         shifted = copy * stride_copy + element - copy
@@ -114,6 +116,7 @@ def delta_call(
             n_heads=heads,
         ),
         constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
             HEAD_DIM_V=head_dim_v,
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),
             BLOCK_ROWS=config.block_rows,

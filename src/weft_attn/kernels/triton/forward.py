@@ -17,17 +17,8 @@ import triton
 import triton.language as tl
 
 from weft_attn.kernels.call import KernelCall, tensor_descriptor
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import (
-    ITEM_EDGE_RUN,
-    ITEM_EDGE_TILES,
-    ITEM_INTERIOR_RUN,
-    ITEM_INTERIOR_TILES,
-    ITEM_N_ROWS,
-    ITEM_ROW,
-    ITEM_SLOT,
-    ITEM_WIDTH,
-    LN_2,
-    LOG2_E,
     add_product,
     cap_scores,
     load_rows,
@@ -36,7 +27,7 @@ from weft_attn.kernels.triton.tiles import (
     program_item_and_head,
     store_rows,
 )
-from weft_attn.kernels.triton.visibility import RUN_WIDTH, first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
 
 @triton.jit
@@ -77,7 +68,7 @@ def _attend_stream(
     for _ in range(n_tiles):
         col_stop = col + BLOCK_K
         if IS_MASKED:
-            first, stop, col_stop = interval_in_run(runs_ptr + run * RUN_WIDTH, q_rows)
+            first, stop, col_stop = interval_in_run(runs_ptr + run * layout.RUN_WIDTH, q_rows)
         k_tile = load_stream_tile(
             k_ptr, k_desc, kv_head, col, col_stop, stride_kt, stride_kh,
             BLOCK_K, HEAD_DIM, HEAD_DIM_PADDED, IS_MASKED, USE_TMA, CACHE,
@@ -154,14 +145,15 @@ def attention_forward_kernel(
     USE_TMA: tl.constexpr,
     CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
+    LAYOUT_DIGEST: tl.constexpr,
 ):
     item, pack_of_heads = program_item_and_head(n_items, n_heads, heads_per_wave)
-    item_ptr = items_ptr + item * ITEM_WIDTH
-    q_row = tl.load(item_ptr + ITEM_ROW)
-    n_rows = tl.load(item_ptr + ITEM_N_ROWS)
+    item_ptr = items_ptr + item * layout.ITEM_WIDTH
+    q_row = tl.load(item_ptr + layout.ITEM_ROW)
+    n_rows = tl.load(item_ptr + layout.ITEM_N_ROWS)
     # Where both streams begin: asked for now, so that the answers are there when a stream starts.
-    interior_run = tl.load(item_ptr + ITEM_INTERIOR_RUN)
-    edge_run = tl.load(item_ptr + ITEM_EDGE_RUN)
+    interior_run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+    edge_run = tl.load(item_ptr + layout.ITEM_EDGE_RUN)
     interior_col, interior_left = first_tile(runs_ptr, interior_run)
     edge_col, edge_left = first_tile(runs_ptr, edge_run)
     kv_head = pack_of_heads * PACK // GROUP
@@ -177,7 +169,7 @@ def attention_forward_kernel(
     if USE_IDENTITY_DOT:
         # A product with the identity leaves Q in the registers of an operand: on Ampere it is then not re-read per key tile.
         dims = tl.arange(0, HEAD_DIM_PADDED)
-        identity = (dims[:, None] == dims[None, :]).to(q_tile.dtype)
+        identity = tl.where(dims[:, None] == dims[None, :], 1.0, 0.0).to(q_tile.dtype)
         q_tile = product(q_tile, identity, PRECISION).to(q_tile.dtype)
 
     row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -185,21 +177,21 @@ def attention_forward_kernel(
     acc = tl.zeros([BLOCK_Q, HEAD_DIM_V_PADDED], tl.float32)
     acc, row_sum, row_max = _attend_stream(
         acc, row_sum, row_max, q_tile, q_rows, runs_ptr,
-        interior_run, interior_col, interior_left, tl.load(item_ptr + ITEM_INTERIOR_TILES),
+        interior_run, interior_col, interior_left, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, False,
     )  # fmt: skip
     acc, row_sum, row_max = _attend_stream(
         acc, row_sum, row_max, q_tile, q_rows, runs_ptr,
-        edge_run, edge_col, edge_left, tl.load(item_ptr + ITEM_EDGE_TILES),
+        edge_run, edge_col, edge_left, tl.load(item_ptr + layout.ITEM_EDGE_TILES),
         k_ptr, k_desc, v_ptr, v_desc, kv_head, stride_kt, stride_kh, stride_vt, stride_vh, inner_scale, outer_scale,
         HEAD_DIM, HEAD_DIM_V, HEAD_DIM_PADDED, HEAD_DIM_V_PADDED, BLOCK_K, HAS_SOFTCAP, USE_TMA, CACHE, PRECISION, True,
     )  # fmt: skip
 
-    slot = tl.load(item_ptr + ITEM_SLOT)
+    slot = tl.load(item_ptr + layout.ITEM_SLOT)
     if HAS_SINKS:
         # A split item's sink joins once, when its parts are combined.
-        sink_log2 = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
+        sink_log2 = tl.load(sinks_ptr + heads).to(tl.float32) * layout.LOG2_E
         sink_log2 = tl.where(slot < 0, sink_log2, float("-inf"))
         new_max = tl.maximum(row_max, sink_log2)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -210,7 +202,7 @@ def attention_forward_kernel(
 
     sees_nothing = row_sum == 0
     out_tile = acc / tl.where(sees_nothing, 1.0, row_sum)[:, None]
-    lse = tl.where(sees_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(sees_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * layout.LN_2)
 
     if HAS_SPLITS:
         if slot >= 0:
@@ -295,6 +287,7 @@ def forward_call(
             outer_scale=outer_scale,
         ),
         constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
             GROUP=group,
             PACK=pack,
             HEAD_DIM=head_dim,
@@ -319,8 +312,8 @@ def forward_call(
 def score_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
     """(inner, outer): log2 scores are outer * products, or outer * tanh(inner * products) under a softcap."""
     if softcap > 0:
-        return softmax_scale / softcap, softcap * LOG2_E.value
-    return 1.0, softmax_scale * LOG2_E.value
+        return softmax_scale / softcap, softcap * layout.LOG2_E.value
+    return 1.0, softmax_scale * layout.LOG2_E.value
 
 
 def padded_head_dim(head_dim: int) -> int:

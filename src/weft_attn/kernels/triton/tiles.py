@@ -5,20 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-# Triton's interpreter multiplies the bits of bfloat16 operands as integers; their float32 product is the same number exactly.
-IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-# Layout of an item, see ITEM_FIELDS in plan/stream.py.
-ITEM_WIDTH = tl.constexpr(8)
-ITEM_ROW = tl.constexpr(0)
-ITEM_N_ROWS = tl.constexpr(1)
-ITEM_INTERIOR_RUN = tl.constexpr(2)
-ITEM_INTERIOR_TILES = tl.constexpr(3)
-ITEM_EDGE_RUN = tl.constexpr(4)
-ITEM_EDGE_TILES = tl.constexpr(5)
-ITEM_SLOT = tl.constexpr(6)
+from weft_attn.kernels.triton import layout
 
 
 @triton.jit
@@ -90,9 +77,7 @@ def load_stream_tile(
 
 
 @triton.jit
-def store_rows(
-    ptr, offsets, row_mask, tile, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr
-):
+def store_rows(ptr, offsets, row_mask, tile, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr):
     """Write a (rows, HEAD_DIM_PADDED) tile in the dtype of `ptr`; the twin of `load_rows`."""
     dims = tl.arange(0, HEAD_DIM_PADDED)
     mask = row_mask[:, None]
@@ -104,7 +89,7 @@ def store_rows(
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """a @ b accumulated in float32."""
-    if IS_INTERPRETED and a.dtype == tl.bfloat16:
+    if layout.IS_INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
 
@@ -112,7 +97,7 @@ def product(a, b, PRECISION: tl.constexpr):
 @triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a @ b in float32."""
-    if IS_INTERPRETED and a.dtype == tl.bfloat16:
+    if layout.IS_INTERPRETED and a.dtype == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -121,7 +106,7 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 def tanh(x):
     """Hyperbolic tangent to float32 precision, on any target: a series near zero, where the quotient would cancel."""
     magnitude = tl.abs(x)
-    decay = tl.exp2(magnitude * (-2.0 * LOG2_E))
+    decay = tl.exp2(magnitude * (-2.0 * layout.LOG2_E))
     quotient = (1.0 - decay) / (1.0 + decay)
     far = tl.where(x < 0, -quotient, quotient)
     square = x * x

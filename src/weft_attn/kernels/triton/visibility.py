@@ -9,16 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Layout of a run, see RUN_FIELDS in plan/stream.py.
-RUN_WIDTH = tl.constexpr(8)
-RUN_COL = tl.constexpr(0)
-RUN_N_TILES = tl.constexpr(1)
-RUN_ROW_START = tl.constexpr(2)
-RUN_ROW_LEN = tl.constexpr(3)
-RUN_COL_START = tl.constexpr(4)
-RUN_COL_LEN = tl.constexpr(5)
-RUN_LO = tl.constexpr(6)
-RUN_HI = tl.constexpr(7)
+from weft_attn.kernels.triton import layout
 
 
 @triton.jit
@@ -32,12 +23,12 @@ def visible_interval(row, col_len, lo, hi):
 @triton.jit
 def interval_in_run(run_ptr, rows):
     """Absolute columns [first, stop) that absolute `rows` see under an edge run's slice, and the slice's end column."""
-    row_start = tl.load(run_ptr + RUN_ROW_START)
-    row_len = tl.load(run_ptr + RUN_ROW_LEN)
-    col_start = tl.load(run_ptr + RUN_COL_START)
-    col_len = tl.load(run_ptr + RUN_COL_LEN)
+    row_start = tl.load(run_ptr + layout.RUN_ROW_START)
+    row_len = tl.load(run_ptr + layout.RUN_ROW_LEN)
+    col_start = tl.load(run_ptr + layout.RUN_COL_START)
+    col_len = tl.load(run_ptr + layout.RUN_COL_LEN)
     inside = rows - row_start
-    first, stop = visible_interval(inside, col_len, tl.load(run_ptr + RUN_LO), tl.load(run_ptr + RUN_HI))
+    first, stop = visible_interval(inside, col_len, tl.load(run_ptr + layout.RUN_LO), tl.load(run_ptr + layout.RUN_HI))
     # An item may hold rows of other slices: they see nothing of this one.
     stop = tl.where((inside >= 0) & (inside < row_len), stop, 0)
     return col_start + first, col_start + stop, col_start + col_len
@@ -46,7 +37,9 @@ def interval_in_run(run_ptr, rows):
 @triton.jit
 def first_tile(runs_ptr, run):
     """(column, tiles left in the run) at the start of a run."""
-    return tl.load(runs_ptr + run * RUN_WIDTH + RUN_COL), tl.load(runs_ptr + run * RUN_WIDTH + RUN_N_TILES)
+    return tl.load(runs_ptr + run * layout.RUN_WIDTH + layout.RUN_COL), tl.load(
+        runs_ptr + run * layout.RUN_WIDTH + layout.RUN_N_TILES
+    )
 
 
 @triton.jit
@@ -58,7 +51,7 @@ def next_tile(runs_ptr, run, col, left, BLOCK_COLS: tl.constexpr):
     left -= 1
     ends = left == 0
     run = tl.where(ends, run + 1, run)
-    run_ptr = runs_ptr + run * RUN_WIDTH
-    col = tl.where(ends, tl.load(run_ptr + RUN_COL, mask=ends, other=0), col + BLOCK_COLS)
-    left = tl.where(ends, tl.load(run_ptr + RUN_N_TILES, mask=ends, other=0), left)
+    run_ptr = runs_ptr + run * layout.RUN_WIDTH
+    col = tl.where(ends, tl.load(run_ptr + layout.RUN_COL, mask=ends, other=0), col + BLOCK_COLS)
+    left = tl.where(ends, tl.load(run_ptr + layout.RUN_N_TILES, mask=ends, other=0), left)
     return run, col, left
