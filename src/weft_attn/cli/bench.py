@@ -31,7 +31,8 @@ def bench(
 ) -> None:
     """Time attention beside its peers, checked first, interleaved in rounds, on pairs counted from the plan.
 
-    Exits with 1 when a result is wrong; whoever gave it gets no figure.
+    A ratio is speed as a share of Weft's in the same rounds. Exits with 1 when a result is wrong: whoever gave it gets no
+    figure.
     """
     request = run.Request(
         suites=suites or cases.SUITES,

@@ -20,7 +20,7 @@ def compile(  # noqa: A001 (a command takes its function's name)
     arch: Annotated[list[str] | None, typer.Option(help="Targets: sm_80 sm_90 gfx942 ... Default: all known.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; may be repeated.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Only this head dim. Default: those of the tables.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what selection gives bfloat16 of head dims 128 and 96.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only what selection gives bfloat16 of head dim 128, and the forward of 96.")] = False,
     max_spill: Annotated[int, typer.Option(min=0, help="Bytes that a thread may spill.")] = MAX_SPILL,
     workers: Annotated[int, typer.Option(min=1, help="Compiler processes.")] = 2,
 ) -> None:

@@ -27,7 +27,8 @@ def tune(
 ) -> None:
     """Check and time every launch config of a grid that the device can hold, then the fastest of them again.
 
-    Exits with 1 when a config gives a wrong result; it is never written.
+    A ratio is speed over the config that selection gives now. Exits with 1 when a config gives a wrong result; it is never
+    written.
     """
     request = tuning.Request(
         searches=tuning.searches(

@@ -31,7 +31,7 @@ DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 # A call's shape where only strides and dtypes matter: Llama 3 8B.
 TOKENS, HEADS, KV_HEADS = 4096, 32, 8
 SOFTCAP = 30.0
-# What `quick` compiles: the configs that selection gives these head dims.
+# What `quick` compiles.
 QUICK_HEAD_DIM, QUICK_RAGGED = 128, 96
 
 
@@ -106,7 +106,7 @@ def variants(
         archs: "sm_90", "gfx942", ...
         kernels: only these; empty: all.
         head_dim: only this one; None: of each row its own and one that is no power of two.
-        quick: for each kernel only what selection gives one head dim and one that is no power of two.
+        quick: for each kernel only what selection gives QUICK_HEAD_DIM, and the forward of QUICK_RAGGED.
 
     Raises:
         Unsupported: an unknown target.
@@ -150,16 +150,13 @@ def _dims_of(config: LaunchConfig, widest: int, dtype_bits: int, device: Device)
 
 
 def _quick_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
-    dims = (QUICK_HEAD_DIM, QUICK_RAGGED) if head_dim is None else (head_dim,)
-    for dim in dims:
-        problem = Problem(dim, dim, 16)
-        for kernel, config in CONFIGS.items():
-            if dim == QUICK_RAGGED and not issubclass(config, StreamConfig):
-                continue
-            choice = select(kernel, problem, device)
-            yield from _if_it_fits(device, choice.source, choice.config, dim, torch.bfloat16, False, True)
-        few = select("forward", replace(problem, few_rows=HEADS // KV_HEADS), device)
-        yield from _if_it_fits(device, few.source, few.config, dim, torch.bfloat16, True, True)
+    dim = QUICK_HEAD_DIM if head_dim is None else head_dim
+    wanted = [(kernel, dim, MANY_ROWS) for kernel in CONFIGS] + [("forward", dim, HEADS // KV_HEADS)]
+    if head_dim is None:
+        wanted.append(("forward", QUICK_RAGGED, MANY_ROWS))
+    for kernel, dim, few_rows in wanted:
+        choice = select(kernel, Problem(dim, dim, 16, few_rows), device)
+        yield from _if_it_fits(device, choice.source, choice.config, dim, torch.bfloat16, few_rows != MANY_ROWS, True)
 
 
 def _if_it_fits(

@@ -107,7 +107,8 @@ def transpose(table: IntArray) -> IntArray:
 def elementary_segments(table: IntArray, total_rows: int) -> IntArray:
     """Sorted row boundaries, from 0 to total_rows, between which the set of slices does not change."""
     starts, lengths = table[:, Q_START], table[:, Q_LEN]
-    return np.unique(np.concatenate([starts, starts + lengths, np.array([0, total_rows])]))
+    bounds = np.sort(np.concatenate([starts, starts + lengths, np.array([0, total_rows])]), kind="stable")
+    return bounds[np.concatenate([[True], bounds[1:] != bounds[:-1]])]
 
 
 def _find_overlap(table: IntArray, total_q: int) -> tuple[int, int] | None:

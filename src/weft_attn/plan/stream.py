@@ -156,7 +156,6 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     """The tables of a (canonical) slice table cut by a tiling."""
     block = tiling.block_cols
     tiles = tile_rows(elementary_segments(table, total_rows), tiling.rows_per_tile)
-    n_tiles = len(tiles)
 
     # Pairs (tile, slice) that meet, sorted by tile and then by column.
     q_start, q_stop = table[:, Q_START], table[:, Q_START] + table[:, Q_LEN]
@@ -175,7 +174,7 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     row_last = np.minimum(tiles[tile, 1], piece[:, Q_START] + piece[:, Q_LEN]) - 1 - piece[:, Q_START]
     top, bottom = visible_interval(row_first, k_len, lo, hi), visible_interval(row_last, k_len, lo, hi)
     # Rows that see nothing at either end of the tile must not stretch the union.
-    some_first = np.minimum(np.clip(top[0], 0, k_len), k_len)
+    some_first = np.clip(top[0], 0, k_len)
     some_stop = np.clip(bottom[1], 0, k_len)
     covers = row_last - row_first + 1 == tiles[tile, 1] - tiles[tile, 0]
     all_first, all_stop = bottom[0], np.where(covers, top[1], 0)
@@ -186,12 +185,12 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     inner_stop = np.clip((all_stop - some_first) // block, inner_first, steps)
 
     col = piece[:, K_START] + some_first
-    interior = _Runs(tile, col + inner_first * block, inner_stop - inner_first, piece).drop_empty().joined(block)
-    before = _Runs(tile, col, inner_first, piece)
-    after = _Runs(tile, col + inner_stop * block, steps - inner_stop, piece)
-    edge = _Runs.merge(before, after).drop_empty()
+    interior = _Runs(tile, col + inner_first * block, inner_stop - inner_first, owner).drop_empty().joined(block)
+    before = _Runs(tile, col, inner_first, owner).drop_empty()
+    after = _Runs(tile, col + inner_stop * block, steps - inner_stop, owner).drop_empty()
+    edge = _Runs.merge(before, after)
 
-    return _emit(tiles, n_tiles, interior, edge, tiling)
+    return _emit(tiles, table, interior, edge, tiling)
 
 
 @dataclass(frozen=True)
@@ -201,10 +200,10 @@ class _Runs:
     tile: IntArray
     col: IntArray
     n: IntArray
-    piece: IntArray  # (n, 6) the slice, for edge runs
+    owner: IntArray  # index of the slice, for edge runs
 
     def take(self, index: IntArray) -> _Runs:
-        return _Runs(self.tile[index], self.col[index], self.n[index], self.piece[index])
+        return _Runs(self.tile[index], self.col[index], self.n[index], self.owner[index])
 
     def drop_empty(self) -> _Runs:
         return self.take(np.flatnonzero(self.n > 0))
@@ -212,10 +211,10 @@ class _Runs:
     @staticmethod
     def merge(one: _Runs, other: _Runs) -> _Runs:
         both = _Runs(*(np.concatenate(pair) for pair in zip(one._fields(), other._fields(), strict=True)))
-        return both.take(np.lexsort((both.col, both.tile)))
+        return both.take(np.argsort(both.tile, kind="stable"))
 
     def _fields(self) -> tuple[IntArray, ...]:
-        return self.tile, self.col, self.n, self.piece
+        return self.tile, self.col, self.n, self.owner
 
     def joined(self, block: int) -> _Runs:
         """Runs of one tile that touch become one."""
@@ -223,10 +222,14 @@ class _Runs:
             return self
         touching = (self.tile[1:] == self.tile[:-1]) & (self.col[1:] == self.col[:-1] + self.n[:-1] * block)
         head = np.flatnonzero(np.concatenate([[True], ~touching]))
-        return _Runs(self.tile[head], self.col[head], np.add.reduceat(self.n, head), self.piece[head])
+        return _Runs(self.tile[head], self.col[head], np.add.reduceat(self.n, head), self.owner[head])
 
-    def table(self) -> IntArray:
-        return np.concatenate([self.col[:, None], self.n[:, None], self.piece], axis=1)
+    def fill(self, rows: NDArray[np.int32], slices: IntArray | None = None) -> None:
+        """Write the runs into rows of the run table, with their slices where a kernel asks for them."""
+        rows[:, 0] = self.col
+        rows[:, 1] = self.n
+        if slices is not None:
+            rows[:, 2:] = slices[self.owner]
 
 
 def _cut(runs: _Runs, steps_before: IntArray, parts: IntArray, total: IntArray, first_item: IntArray, block: int) -> _Runs:
@@ -247,7 +250,7 @@ def _cut(runs: _Runs, steps_before: IntArray, parts: IntArray, total: IntArray, 
     end = np.minimum(stop[source], (part + 1) * size[source] // count[source])
     shift = begin - steps_before[source]
     return _Runs(
-        first_item[tile[source]] + part, runs.col[source] + shift * block, end - begin, runs.piece[source]
+        first_item[tile[source]] + part, runs.col[source] + shift * block, end - begin, runs.owner[source]
     ).drop_empty()
 
 
@@ -259,7 +262,8 @@ def _steps_before(runs: _Runs, start: IntArray) -> IntArray:
     return starts - starts[first_of_tile] + start[runs.tile] if len(runs.tile) else starts
 
 
-def _emit(tiles: IntArray, n_tiles: int, interior: _Runs, edge: _Runs, tiling: Tiling) -> Stream:
+def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, tiling: Tiling) -> Stream:
+    n_tiles = len(tiles)
     interior_steps = np.bincount(interior.tile, weights=interior.n, minlength=n_tiles).astype(np.int64)
     edge_steps = np.bincount(edge.tile, weights=edge.n, minlength=n_tiles).astype(np.int64)
     total = interior_steps + edge_steps
@@ -298,11 +302,14 @@ def _emit(tiles: IntArray, n_tiles: int, interior: _Runs, edge: _Runs, tiling: T
         axis=1,
     )
 
-    runs = np.concatenate([interior.table(), edge.table(), np.zeros((1, len(RUN_FIELDS)), np.int64)])
+    n_interior = len(interior.tile)
+    runs = np.zeros((n_interior + len(edge.tile) + 1, len(RUN_FIELDS)), np.int32)
+    interior.fill(runs[:n_interior])
+    edge.fill(runs[n_interior:-1], slices)
     longest_first = np.argsort(-(items[:, 3] + items[:, 5]), kind="stable")
     return Stream(
         items=items[longest_first].astype(np.int32),
-        runs=np.ascontiguousarray(runs, dtype=np.int32),
+        runs=runs,
         combines=combines.astype(np.int32),
         slots=int(split.sum()),
     )

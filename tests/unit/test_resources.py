@@ -1,0 +1,82 @@
+"""What a config needs is computed before it is launched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from weft_attn.launch.config import (
+    CONFIGS,
+    BackwardDkdvConfig,
+    BackwardDqConfig,
+    CombineConfig,
+    ForwardConfig,
+    LaunchConfig,
+    StreamConfig,
+)
+from weft_attn.launch.device import INTERPRETER, TARGETS, Device
+from weft_attn.launch.resources import Shape, accumulator_registers, padded, shared_memory, shortfall
+from weft_attn.launch.select import MANY_ROWS, Problem, select
+
+STREAMS: list[type[StreamConfig]] = [ForwardConfig, BackwardDkdvConfig, BackwardDqConfig]
+UNKNOWN = Device("unknown", "sm_99", 10, 99 * 1024)
+
+
+def config(kind: type[StreamConfig], **numbers: int) -> StreamConfig:
+    return kind(**{"block_q": 64, "block_k": 32, "num_warps": 4, "num_stages": 2, **numbers})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", [*TARGETS.values(), INTERPRETER, UNKNOWN], ids=lambda d: d.name)
+@pytest.mark.parametrize("kernel", CONFIGS)
+def test_every_device_has_a_config_for_every_problem(kernel: str, device: Device) -> None:
+    for bits in (16, 32):
+        for dim in range(8, 257, 8):
+            for dim_v in {8, dim, 128, 256}:
+                for rows in (MANY_ROWS, 1, 16, 400):
+                    choice = select(kernel, Problem(dim, dim_v, bits, few_rows=rows), device)
+                    assert shortfall(choice.config, Shape(dim, dim_v, bits), device) == ""
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_larger_tiles_more_stages_and_wider_heads_need_more(kind: type[StreamConfig]) -> None:
+    plain, shape = config(kind), Shape(64, 64, 16)
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        needed = shared_memory(plain, shape, arch)
+        for more in ({"block_q": 128}, {"block_k": 64}, {"num_stages": 3}):
+            assert shared_memory(replace(plain, **more), shape, arch) > needed, more  # type: ignore[arg-type]
+        for wider in (Shape(128, 64, 16), Shape(64, 128, 16), Shape(64, 64, 32)):
+            assert shared_memory(plain, wider, arch) > needed, wider
+    assert accumulator_registers(plain, shape, 32) == 2 * accumulator_registers(plain, shape, 64)
+    assert accumulator_registers(replace(plain, num_warps=8), shape, 32) == accumulator_registers(plain, shape, 32) // 2
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_what_is_kept_and_streamed_is_counted(kind: type[StreamConfig]) -> None:
+    # Two-byte elements, D = Dv = 64: a kept tile, two stages of two streamed tiles.
+    kept = 64 * 64 * 2 if kind is ForwardConfig else 2 * (32 if kind is BackwardDkdvConfig else 64) * 64 * 2
+    streamed = 2 * 2 * (64 if kind is BackwardDkdvConfig else 32) * 64 * 2
+    assert shared_memory(config(kind), Shape(64, 64, 16), "sm_90") >= kept + streamed
+    assert shared_memory(config(kind), Shape(64, 64, 16), "gfx942") >= streamed
+
+
+def test_a_head_is_padded_to_a_power_of_two_of_at_least_16() -> None:
+    assert [padded(d) for d in (8, 16, 24, 64, 72, 128, 192, 256)] == [16, 16, 32, 64, 128, 128, 256, 256]
+
+
+def test_what_is_lacking_is_said_in_words() -> None:
+    shape = Shape(128, 128, 16)
+    assert shortfall(config(ForwardConfig), shape, TARGETS["sm_90"]) == ""
+    large = config(ForwardConfig, block_q=256, block_k=256, num_warps=16)
+    assert "expected at most 232448 bytes of shared memory, needs" in shortfall(large, shape, TARGETS["sm_90"])
+    thin = config(ForwardConfig, block_q=128, block_k=64, num_warps=1)
+    assert "registers a thread" in shortfall(thin, shape, TARGETS["sm_90"])
+    small: LaunchConfig = CombineConfig(num_warps=4, num_stages=1)
+    assert shortfall(small, shape, TARGETS["gfx942"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("arch", "has_tma"), [("sm_80", False), ("sm_86", False), ("sm_90", True), ("sm_100", True), ("sm_120", True), ("gfx942", False)]
+)
+def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
+    assert TARGETS[arch].has_tma is has_tma

@@ -1,0 +1,263 @@
+"""Which config a kernel runs with: the order of the tables, overrides, and refusals."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from weft_attn import Unsupported, launch
+from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, DeltaConfig, ForwardConfig, InvalidConfig, override
+from weft_attn.launch import select as select_module
+from weft_attn.launch.config import CONFIGS, StreamConfig
+from weft_attn.launch.device import INTERPRETER, TARGETS, Device, target
+from weft_attn.launch.select import MANY_ROWS, Problem, Table, current_overrides, parse_table, select, tables, tma_usable
+from weft_attn.launch.splits import cut_forward, heads_per_wave
+from weft_attn.plan import Plan
+
+H200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
+SMALL = Device("Tiny", "sm_99", 4, 16 * 1024)
+PROBLEM = Problem(128, 128, 16)
+
+
+def table(name: str, match: str, *forwards: str) -> Table:
+    rows = "\n".join(f"[[forward]]\nhead_dim = 256\ndtype_bits = 16\nnum_warps = 4\nnum_stages = 1\n{f}" for f in forwards)
+    return parse_table(name, f"[match]\n{match}\n{rows}")
+
+
+ANY = table("any", 'arch = "any"', "block_q = 64\nblock_k = 32", "block_q = 128\nblock_k = 64", "block_q = 16\nblock_k = 16")
+ARCH = table("sm_90", 'arch = "sm_90"', "block_q = 32\nblock_k = 16")
+DEVICE = table("h200", 'arch = "sm_90"\ndevice = "H200"', "block_q = 64\nblock_k = 16")
+
+
+@pytest.fixture
+def use_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    select_module._select_from_tables.cache_clear()
+    monkeypatch.setattr(select_module, "tables", lambda: (ANY, ARCH, DEVICE))
+    yield monkeypatch
+    monkeypatch.undo()
+    select_module._select_from_tables.cache_clear()
+
+
+def forward(block_q: int = 64, block_k: int = 32, **more: object) -> ForwardConfig:
+    return ForwardConfig(**{"block_q": block_q, "block_k": block_k, "num_warps": 4, "num_stages": 1, **more})  # type: ignore[arg-type]
+
+
+def tile(problem: Problem, device: Device) -> tuple[int, int]:
+    config = select("forward", problem, device).config
+    assert isinstance(config, ForwardConfig)
+    return config.block_q, config.block_k
+
+
+def test_the_device_comes_before_its_architecture_and_that_before_the_default(use_tables: pytest.MonkeyPatch) -> None:
+    assert tile(PROBLEM, H200) == (64, 16)
+    assert "device table h200" in select("forward", PROBLEM, H200).source
+    assert tile(PROBLEM, Device("NVIDIA H100", "sm_90", 132, 227 * 1024)) == (32, 16)
+    with override(forward(16, 16)):
+        assert select("forward", PROBLEM, H200).source == "override"
+        assert tile(PROBLEM, H200) == (16, 16)
+
+
+def test_an_unknown_gpu_gets_the_largest_default_that_fits(use_tables: pytest.MonkeyPatch) -> None:
+    assert tile(PROBLEM, Device("Unknown", "sm_99", 100, 227 * 1024)) == (128, 64)
+    assert tile(PROBLEM, Device("Unknown", "sm_99", 100, 64 * 1024)) == (64, 32)
+    assert tile(PROBLEM, SMALL) == (16, 16)
+
+
+def test_a_row_that_does_not_fit_is_passed_over(use_tables: pytest.MonkeyPatch) -> None:
+    cramped = Device("NVIDIA H200 slice", "sm_90", 16, 24 * 1024)
+    assert tile(PROBLEM, cramped) == (32, 16)
+
+
+def test_nothing_that_fits_is_an_error_that_says_what_was_tried(use_tables: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported, match=r"forward config fits None .*128/128, 16-bit: expected .* given .*shared memory"):
+        select("forward", PROBLEM, Device("None", "sm_99", 1, 1024))
+    with pytest.raises(Unsupported, match="no row"):
+        select("backward_dq", PROBLEM, H200)
+
+
+def test_the_tightest_row_that_holds_the_head_dim_serves(use_tables: pytest.MonkeyPatch) -> None:
+    text = "[match]\narch = 'sm_90'\n" + "\n".join(
+        f"[[forward]]\nhead_dim = {d}\ndtype_bits = 16\nblock_q = {b}\nblock_k = 16\nnum_warps = 4\nnum_stages = 1"
+        for d, b in ((256, 16), (64, 64), (128, 32))
+    )
+    use_tables.setattr(select_module, "tables", lambda: (ANY, parse_table("sm_90", text)))
+    found = {d: tile(Problem(d, dv, 16), H200)[0] for d, dv in ((64, 64), (72, 64), (128, 8), (136, 16), (256, 256))}
+    assert found == {64: 64, 72: 32, 128: 32, 136: 16, 256: 16}
+    assert tile(Problem(8, 200, 16), H200)[0] == 16, "the wider of D and Dv counts"
+
+
+def test_few_rows_have_rows_of_their_own(use_tables: pytest.MonkeyPatch) -> None:
+    text = "[match]\narch = 'sm_90'\n" + "\n".join(
+        f"[[forward]]\nfew_rows = {f}\nhead_dim = 256\ndtype_bits = 16\nblock_q = {b}\nblock_k = 16\nnum_warps = 4\nnum_stages = 1"
+        for f, b in ((MANY_ROWS, 128), (16, 16), (64, 64))
+    )
+    use_tables.setattr(select_module, "tables", lambda: (ANY, parse_table("sm_90", text)))
+    found = {n: tile(Problem(128, 128, 16, few_rows=n), H200)[0] for n in (MANY_ROWS, 1, 16, 17, 64, 500)}
+    assert found == {MANY_ROWS: 128, 1: 16, 16: 16, 17: 64, 64: 64, 500: 64}
+
+
+def test_a_table_that_names_what_is_not_there_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"expected .*forward.* given 'sideways'"):
+        parse_table("x", "[match]\narch = 'sm_90'\n[[sideways]]\nnum_warps = 4")
+    with pytest.raises(TypeError, match="blok_q"):
+        table("x", "arch = 'any'", "block_q = 16\nblock_k = 16\nblok_q = 16")
+
+
+# ---- overrides ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_override_ends_with_its_scope_and_scopes_nest() -> None:
+    assert current_overrides() == ()
+    dq = BackwardDqConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)
+    with override(forward(16, 16)):
+        with override(forward(32, 16), dq):
+            assert set(current_overrides()) == {forward(32, 16), dq}
+            assert select("backward_dq", PROBLEM, INTERPRETER).config == dq
+        assert current_overrides() == (forward(16, 16),)
+        with pytest.raises(RuntimeError), override(forward(64, 16)):
+            raise RuntimeError
+        assert current_overrides() == (forward(16, 16),)
+    assert current_overrides() == ()
+
+
+def test_an_override_reaches_the_threads_that_autograd_runs_a_backward_on() -> None:
+    seen = []
+    dkdv = BackwardDkdvConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)
+    with override(dkdv):
+        thread = threading.Thread(target=lambda: seen.append(select("backward_dkdv", PROBLEM, INTERPRETER)))
+        thread.start()
+        thread.join()
+    assert [choice.config for choice in seen] == [dkdv]
+
+
+def test_an_override_takes_one_config_per_kernel() -> None:
+    for configs in ((forward(), forward()), ("forward",), (None,)):
+        with pytest.raises(InvalidConfig, match=r"expected distinct configs, given"), override(*configs):  # type: ignore[arg-type]
+            pass
+    assert current_overrides() == ()
+
+
+def test_an_override_that_does_not_fit_is_refused_and_not_replaced() -> None:
+    with override(forward(512, 512)), pytest.raises(InvalidConfig, match=r"shared memory.*given ForwardConfig"):
+        select("forward", PROBLEM, H200)
+    with override(forward(128, 128, num_warps=1)), pytest.raises(InvalidConfig, match=r"registers.*given ForwardConfig"):
+        select("forward", Problem(64, 64, 16), H200)
+
+
+@pytest.mark.parametrize(
+    ("problem", "device"),
+    [
+        (Problem(128, 128, 16), TARGETS["sm_80"]),
+        (Problem(128, 128, 16), TARGETS["gfx942"]),
+        (Problem(128, 128, 16), INTERPRETER),
+        (Problem(80, 128, 16), H200),
+        (Problem(128, 24, 16), H200),
+        (Problem(8, 8, 16), H200),
+        (Problem(128, 128, 16, tma_possible=False), H200),
+    ],
+)
+def test_the_copy_engine_is_not_used_where_it_cannot_be(problem: Problem, device: Device) -> None:
+    assert not tma_usable(problem, device)
+    with override(forward(use_tma=True)), pytest.raises(InvalidConfig, match=r"use_tma=False.*given ForwardConfig"):
+        select("forward", problem, device)
+
+
+def test_a_table_row_falls_back_to_pointers_and_says_so(use_tables: pytest.MonkeyPatch) -> None:
+    row = table("sm_90", 'arch = "sm_90"', "block_q = 64\nblock_k = 64\nuse_tma = true")
+    use_tables.setattr(select_module, "tables", lambda: (ANY, row))
+    described = select("forward", Problem(128, 128, 16), H200)
+    assert isinstance(described.config, StreamConfig)
+    assert described.config.use_tma
+    plain = select("forward", Problem(80, 80, 16), H200)
+    assert isinstance(plain.config, StreamConfig)
+    assert not plain.config.use_tma
+    assert "pointers" in plain.note
+
+
+# ---- configs and the package's tables -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"block_q": 24}, {"block_q": 8}, {"block_k": 0}, {"block_k": 16.0}, {"num_warps": 3}, {"num_warps": 0}, {"num_stages": 0}]
+    + [{"num_stages": 9}, {"cache_modifier": ".wb"}, {"cache_modifier": None}],
+    ids=str,
+)
+def test_a_config_that_breaks_a_rule_of_its_own_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InvalidConfig, match=r"expected .*given"):
+        forward(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_config_is_frozen_and_a_dictionary_key() -> None:
+    assert {forward(): 1}[forward()] == 1
+    with pytest.raises(AttributeError):
+        forward().block_q = 32  # type: ignore[misc]
+
+
+def test_the_packages_tables_parse_and_name_their_match() -> None:
+    assert "any" in {t.arch for t in tables()}
+    for found in tables():
+        assert found.arch == "any" or found.arch in TARGETS, found.name
+        assert found.rows, found.name
+        for row in found.rows:
+            assert row.table == found.name
+            assert row.config.kernel in CONFIGS
+
+
+def test_the_names_of_the_launch_package_are_its_configs() -> None:
+    assert {c.__name__ for c in CONFIGS.values()} <= set(launch.__all__)
+
+
+def test_an_unknown_target_is_refused() -> None:
+    assert target("sm_90").arch == "sm_90"
+    with pytest.raises(Unsupported, match=r"expected one of .*sm_90.*given 'sm_70'"):
+        target("sm_70")
+
+
+# ---- how a forward is cut -------------------------------------------------------------------------------------------------
+
+
+def cut(plan: Plan, heads: int, kv_heads: int, device: Device = H200) -> tuple[int, int | None]:
+    found = cut_forward(plan, heads, kv_heads, PROBLEM, device)
+    assert found.tiling.block_cols == found.config.block_k
+    assert found.tiling.rows_per_tile == found.config.block_q // found.pack
+    return found.pack, found.tiling.max_tiles
+
+
+def test_many_rows_are_neither_packed_nor_split() -> None:
+    with override(forward(128, 64)):
+        assert cut(Plan.dense(1, 8192, 8192, causal=True), 32, 8) == (1, None)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "pack"), [(32, 8, 4), (32, 4, 8), (16, 1, 16), (32, 1, 16), (12, 2, 6), (8, 8, 1)])
+def test_few_rows_pack_the_query_heads_of_a_kv_head_and_split_the_keys(heads: int, kv_heads: int, pack: int) -> None:
+    with override(forward(16, 64)):
+        found, max_tiles = cut(Plan.dense(1, 1, 131072), heads, kv_heads)
+        assert found == pack
+        assert max_tiles is not None
+        programs = -(-2048 // max_tiles) * heads // pack
+        assert programs >= 0.5 * H200.multiprocessors
+
+
+def test_a_pack_divides_the_group_and_fits_the_tile() -> None:
+    with override(forward(16, 64)):
+        assert cut(Plan.dense(1, 1, 4096), 24, 1)[0] == 12
+
+
+def test_few_keys_are_not_split_into_crumbs() -> None:
+    with override(forward(16, 64)):
+        assert cut(Plan.dense(1, 1, 64 * 8), 8, 8)[1] == 4
+
+
+def test_a_wave_holds_at_least_one_head_and_at_most_all() -> None:
+    assert heads_per_wave(100, 10, 8) == 1
+    assert heads_per_wave(10, 35, 8) == 3
+    assert heads_per_wave(1, 100, 8) == 8
+    assert heads_per_wave(0, 100, 8) == 8
+
+
+def test_delta_is_overridable_like_the_others() -> None:
+    with override(DeltaConfig(block_rows=16, num_warps=1, num_stages=1)):
+        assert select("delta", PROBLEM, INTERPRETER).config == DeltaConfig(block_rows=16, num_warps=1, num_stages=1)
