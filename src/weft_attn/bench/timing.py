@@ -112,6 +112,20 @@ class Samples:
         return float(np.median(np.array(other.milliseconds) / np.array(self.milliseconds)))
 
 
+def replayed(call: Call, copies: int) -> Call:
+    """The call as CUDA graphs, one for each copy of its inputs: what it costs where a server replays it, without the host's time.
+
+    Raises what the capture raises: not every library's call can be captured.
+    """
+    graphs = []
+    for turn in range(copies):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call(turn)
+        graphs.append(graph)
+    return lambda turn: graphs[turn % copies].replay()
+
+
 def interleave(calls: Mapping[str, Call], clock: Clock, pace: Pace) -> dict[str, Samples]:
     """Time the variants in rounds; each has run before, so that nothing is compiled here.
 
