@@ -70,7 +70,8 @@ def number(value: Any, name: str) -> float:
     """A finite, non-negative Python number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInput(f"{name} is a number: expected a finite float >= 0, given {value!r}")
-    require(math.isfinite(value) and value >= 0, f"{name} is finite and not negative", expected=">= 0", given=value)
+    # Comparisons, not math.isfinite: torch.compile(dynamic=True) traces them.
+    require(0 <= value < math.inf, f"{name} is finite and not negative", expected=">= 0", given=value)
     return float(value)
 
 

@@ -153,6 +153,7 @@ def _forward_kernels(
         return out, lse
     prepared = prepare_forward(plan, q, k, v)
     cut, stream = prepared.cut, prepared.stream
+    stream.join()
     partial_out = partial_lse = None
     if stream.slots:
         shape = (stream.slots, heads // cut.pack, cut.config.block_q)
@@ -221,6 +222,7 @@ def prepare_backward(
             wave = _wave(config, k, v, 1, k.shape[1]) * group
         found = PreparedBackward(config, device_stream(plan, tiling, q.device), wave)
         plan._streams[key] = found
+    found.stream.join()
     return found
 
 
@@ -423,6 +425,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     q, k, v, sinks, slices, *scalars = inputs
     out, lse = output
     ctx.save_for_backward(q, k, v, sinks, slices, out, lse)
+    # Keep the plan, and with it its device tables, until the backward; while a graph is traced there is none to keep.
+    ctx.plan = live_plans.get(slices.data_ptr()) if type(slices) is torch.Tensor else None
     ctx.scalars = tuple(scalars)
     ctx.set_materialize_grads(False)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,9 @@ import triton
 
 assert triton.knobs.runtime.interpret
 
+from weft_attn.kernels.call import KernelCall
 from weft_attn.launch import device as launch_device
+from weft_attn.launch.device import Device
 
 HERE = Path(__file__).parent
 
@@ -49,11 +52,27 @@ def _unwritten_is_nan(nan_memory: None) -> None:
 
 
 @pytest.fixture
-def multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give the interpreter's device another number of multiprocessors: many of them make few rows split their keys."""
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
+    """Change the interpreter's device: with many multiprocessors few rows split their keys; sm_90 has a copy engine."""
 
-    def apply(count: int) -> None:
-        wide = replace(launch_device.INTERPRETER, multiprocessors=count)
-        monkeypatch.setattr("weft_attn.ops.device_of", lambda device: wide)
+    def apply(**changes: Any) -> Device:
+        changed = replace(launch_device.INTERPRETER, **changes)
+        monkeypatch.setattr("weft_attn.ops.device_of", lambda device: changed)
+        return changed
 
     return apply
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[KernelCall]:
+    """The kernel calls that a test launches, in order."""
+    made: list[KernelCall] = []
+    launch = KernelCall.launch
+
+    def record(call: KernelCall) -> None:
+        if 0 not in call.grid:
+            made.append(call)
+        launch(call)
+
+    monkeypatch.setattr(KernelCall, "launch", record)
+    return made

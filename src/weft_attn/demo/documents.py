@@ -17,8 +17,9 @@ IntArray = NDArray[np.int64]
 
 # The order in which the standard library's files are tried is shuffled with this, so that lengths vary.
 SHUFFLE_SEED = 37
-# Of the standard library: documents that a pack of this many should hold, so that no file takes most of it.
+# Of the standard library, files longer than twice their share of a pack of this many are passed over, if not this short.
 DOCUMENTS_AIMED_AT = 5
+SHORT = 600
 NOT_PACKAGES = {"site-packages", "dist-packages", "test", "__pycache__"}
 
 
@@ -91,11 +92,11 @@ def _files_under(path: Path) -> list[Path]:
 
 
 def _standard_library(max_tokens: int) -> tuple[Path, list[Path]]:
-    """Python files of the standard library, none longer than its share of the pack twice over, in a fixed order."""
+    """Python files of the standard library in a fixed order, none so long that it takes most of the pack."""
     root = Path(sysconfig.get_path("stdlib"))
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and entry.name not in NOT_PACKAGES)
     files = [file for folder in (root, *folders) for file in sorted(folder.glob("*.py"))]
-    longest = 2 * max_tokens // DOCUMENTS_AIMED_AT
+    longest = max(2 * max_tokens // DOCUMENTS_AIMED_AT, SHORT)
     files = [file for file in files if file.stat().st_size <= longest]
     random.Random(SHUFFLE_SEED).shuffle(files)
     return root, files

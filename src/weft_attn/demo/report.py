@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from weft_attn.plan.cost import backward_flops, forward_flops
 from weft_attn.plan.draw import Panel, Span, draw_plans
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.cases import Case, Inputs
-from weft_attn.testing.compare import Budget, blockwise, budget, cancellation_noise, truncates
+from weft_attn.testing.compare import Budget, blockwise, budget, truncates
 
 
 @dataclass(frozen=True)
@@ -53,35 +52,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Check:
-    """A tensor held to one device's: as a whole, and row by row.
-
-    Attributes:
-        error, bound: |actual - exact| / |exact| over the tensor, nothing taken off.
-        rows: the budget of its worst row; there, what float arithmetic loses by cancellation does not count.
-    """
-
-    error: float
-    bound: float
-    rows: Budget
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.bound and self.rows.passed
-
-
-@dataclass(frozen=True)
 class Checks:
-    """Every rank's rows, and the gradients that all ranks add to."""
+    """Every rank's rows, and the gradients that all ranks add to, held to one device's."""
 
-    out: tuple[Check, ...]
-    dq: tuple[Check, ...]
-    dk: Check
-    dv: Check
+    out: tuple[Budget, ...]
+    dq: tuple[Budget, ...]
+    dk: Budget
+    dv: Budget
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in (*self.out, *self.dq, self.dk, self.dv))
+        return all(found.passed for found in (*self.out, *self.dq, self.dk, self.dv))
 
 
 def run_demo(options: Options, console: Console) -> bool:
@@ -137,14 +118,9 @@ def compare(ranks: ZigzagRanks, results: Sequence[RankResult], inputs: Inputs, s
     exact = blockwise(case, whole, inputs, torch.float64)
     baseline = blockwise(case, whole, inputs, DTYPE)
     truncated = truncates(DTYPE, inputs.q.device)
-    noise = cancellation_noise(case, inputs, exact, truncated=truncated)
 
-    def held(name: str, actual: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> Check:
-        whole_exact, whole_baseline = getattr(exact, name), getattr(baseline, name)
-        lost = torch.as_tensor(noise.get(name, 0.0), device=actual.device).expand(whole_exact.shape)
-        hold = partial(budget, actual, whole_exact[rows], whole_baseline[rows], dtype=DTYPE, truncated=truncated)
-        tensor = hold()
-        return Check(tensor.error, tensor.bound, hold(noise=lost[rows]))
+    def held(name: str, actual: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> Budget:
+        return budget(actual, getattr(exact, name)[rows], getattr(baseline, name)[rows], dtype=DTYPE, truncated=truncated)
 
     return Checks(
         out=tuple(held("out", result.out, result.tokens) for result in results),
@@ -225,8 +201,8 @@ def _rank_table(results: Sequence[RankResult], checks: Checks, sizes: Sizes) -> 
 
 def _sum_table(checks: Checks) -> Table:
     table = _table("Summed over the ranks", "", "error <= bound", "")
-    for name, check in (("dK", checks.dk), ("dV", checks.dv)):
-        table.add_row(name, _shown(check), _verdict(check.passed))
+    for name, found in (("dK", checks.dk), ("dV", checks.dv)):
+        table.add_row(name, _shown(found), _verdict(found.passed))
     return table
 
 
@@ -237,13 +213,13 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _shown(check: Check) -> str:
+def _shown(found: Budget) -> str:
     """An error and its bound; where only a row fails, that row's."""
-    if check.rows.reason:
-        return check.rows.reason
-    if check.error <= check.bound and not check.rows.passed:
-        return f"row {check.rows.worst}: {check.rows.row_error:.1e} > {check.rows.row_bound:.1e}"
-    return f"{check.error:.1e} {'<=' if check.error <= check.bound else '>'} {check.bound:.1e}"
+    if found.reason:
+        return found.reason
+    if found.error <= found.bound and not found.passed:
+        return f"row {found.worst}: {found.row_error:.1e} > {found.row_bound:.1e}"
+    return f"{found.error:.1e} {'<=' if found.passed else '>'} {found.bound:.1e}"
 
 
 def _verdict(passed: bool) -> str:

@@ -31,6 +31,7 @@ DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 # A call's shape where only strides and dtypes matter: Llama 3 8B.
 TOKENS, HEADS, KV_HEADS = 4096, 32, 8
 SOFTCAP = 30.0
+MAX_HEAD_DIM = 256
 # What `quick` compiles.
 QUICK_HEAD_DIM, QUICK_RAGGED = 128, 96
 
@@ -110,8 +111,15 @@ def variants(
 
     Raises:
         Unsupported: an unknown target.
-        InvalidInput: an unknown kernel.
+        InvalidInput: an unknown kernel, or a head dim that attention does not take.
     """
+    if head_dim is not None:
+        require(
+            8 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0,
+            f"a head dim is a multiple of 8 up to {MAX_HEAD_DIM}",
+            expected=f"8, 16, ..., {MAX_HEAD_DIM}",
+            given=head_dim,
+        )
     for kernel in kernels:
         require(kernel in CONFIGS, "a kernel is known", expected=f"one of {sorted(CONFIGS)}", given=repr(kernel))
     found: dict[Any, Variant] = {}
@@ -266,6 +274,13 @@ def compile_variant(variant: Variant) -> Outcome:
     try:
         compiled = compile_call(call_of(variant), variant.arch)
     except Exception as error:  # noqa: BLE001 (Triton, LLVM and assemblers raise what they like; it is the outcome)
-        lines = str(error).strip().splitlines() or [""]
-        return Outcome(variant, error=f"{type(error).__name__}: {lines[-1]}")
+        return Outcome(variant, error=_in_a_line(error))
     return Outcome(variant, compiled.registers, compiled.spilled_bytes, compiled.shared_memory, compiled.atomics)
+
+
+def _in_a_line(error: BaseException) -> str:
+    """What went wrong at the root: Triton wraps an error once for each function that it compiles, with the source and a caret."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

@@ -7,6 +7,7 @@ A slice is one polygon however many tokens it spans, so that a plan of 64K token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,8 @@ WIDTH = 13.0  # inches
 PANEL_WIDTH = 11.4
 PANEL_HEIGHTS = (0.9, 11.0)
 STRIP = 0.09
+MAX_RULES = 12  # document boundaries an inch; more would be a grey wall, and the strip beside the axis shows them
+MAX_EDGED = 64
 DOTS_PER_INCH = 150
 
 # Eight hues that differ in lightness too, so that they stay apart in grey and for colour-blind readers.
@@ -87,8 +90,8 @@ def draw_plans(panels: Sequence[Panel | tuple[str, Plan]], path: str | Path, doc
         raise Unsupported("drawing a plan needs matplotlib: expected the extra weft-attn[draw], given none") from None
     shown = [Panel(*panel) for panel in panels]
     heights = [_height(panel.plan) for panel in shown]
-    above = 0.62 if any(panel.key_marks for panel in shown) else 0.45
-    gap, below = 0.55, 0.6 + (_legend_rows(documents) * 0.24 + 0.15 if documents else 0.0)
+    above = 0.7 if any(panel.key_marks for panel in shown) else 0.45
+    gap, below = 0.55, 0.55 + (_legend_rows(documents) * 0.22 + 0.12 if documents else 0.0)
     total = above + sum(heights) + gap * (len(shown) - 1) + below
     figure = Figure(figsize=(WIDTH, total), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
@@ -98,7 +101,7 @@ def draw_plans(panels: Sequence[Panel | tuple[str, Plan]], path: str | Path, doc
         _draw_panel(axes, panel, height, is_first=index == 0, is_last=index == len(shown) - 1)
         top -= height + gap
     if documents:
-        _draw_legend(figure, shown, documents)
+        _draw_legend(figure, documents)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -178,20 +181,26 @@ def _draw_panel(axes: Axes, panel: Panel, height: float, *, is_first: bool, is_l
     axes.set_facecolor(PAPER)
     axes.set_xlim(0, max(1, plan.total_k))
     axes.set_ylim(max(1, plan.total_q), 0)
-    for span in panel.row_spans[1:]:
-        axes.axhline(span.start, color=RULE, linewidth=0.5, alpha=0.7, zorder=1)
+    boundaries = [span.start for before, span in pairwise(panel.row_spans) if span.document != before.document]
+    if len(boundaries) <= MAX_RULES * height:
+        for start in boundaries:
+            axes.axhline(start, color=RULE, linewidth=0.6, zorder=1)
     for start, _ in panel.key_marks[1:]:
         axes.axvline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     polygons = [outline(row) for row in plan.rows]
-    axes.add_collection(PolyCollection(polygons, facecolors=_slice_colours(panel), edgecolors="none", zorder=2))
+    # Few slices are set apart by a thin edge, which would hide many small ones.
+    edges = {"edgecolors": PAPER, "linewidths": 0.6} if len(polygons) <= MAX_EDGED else {"edgecolors": "none"}
+    axes.add_collection(PolyCollection(polygons, facecolors=_slice_colours(panel), zorder=2, **edges))
 
     across, down = STRIP / PANEL_WIDTH, STRIP / height
     _draw_strip(axes, panel.key_spans, "x", 1 + down * 0.4, down)
     _draw_strip(axes, panel.row_spans, "y", -1.4 * across, across)
     raised = 8 if panel.key_spans else 0
-    axes.set_title(panel.title, loc="left", fontsize=11, color=INK, pad=8 + raised + (14 if is_first and panel.key_marks else 0))
+    axes.set_title(
+        panel.title, loc="left", fontsize=11, color=INK, pad=8 + raised + (14 if is_first and panel.key_marks else 0)
+    )
     if is_first:
-        stops = [start for start, _ in panel.key_marks[1:]] + [plan.total_k]
+        stops = [start for start, _ in panel.key_marks[1:]] + [plan.total_k] * bool(panel.key_marks)
         for (start, label), stop in zip(panel.key_marks, stops, strict=True):
             axes.annotate(
                 label, ((start + stop) / 2, 1.0), (0, 6 + raised), axes.get_xaxis_transform(), "offset points",
@@ -230,7 +239,7 @@ def _legend_rows(documents: Sequence[str]) -> int:
     return -(-(min(len(documents), NAMED_DOCUMENTS) + 1) // 4)
 
 
-def _draw_legend(figure: Figure, panels: Sequence[Panel], documents: Sequence[str]) -> None:
+def _draw_legend(figure: Figure, documents: Sequence[str]) -> None:
     from matplotlib.legend_handler import HandlerTuple
     from matplotlib.patches import Patch
 

@@ -68,7 +68,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class DeviceStream:
-    """A `Stream` on a device, int32 tensors."""
+    """A `Stream` on a device, int32 tensors, copied there in the order of the CUDA stream `made_on`."""
 
     items: torch.Tensor
     runs: torch.Tensor
@@ -76,6 +76,20 @@ class DeviceStream:
     n_items: int
     n_combines: int
     slots: int
+    made_on: torch.cuda.Stream | None = None
+    copied: torch.cuda.Event | None = None
+
+    def join(self) -> None:
+        """Let the current CUDA stream wait for the copy, when it is another than the one that made it.
+
+        A graph capture cannot wait for what is outside of it: call once before you capture, as for any kernel.
+        """
+        if self.made_on is None or self.copied is None:
+            return
+        current = torch.cuda.current_stream(self.items.device)
+        if current != self.made_on and not torch.cuda.is_current_stream_capturing():
+            current.wait_event(self.copied)
+            self.items.record_stream(current)
 
 
 def device_stream(plan: Plan, tiling: Tiling, device: torch.device) -> DeviceStream:
@@ -103,14 +117,17 @@ def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
     # One copy for all three tables; pinned memory lets it run without stopping the host.
     parts = [stream.items, stream.runs, stream.combines]
     flat = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
+    made_on = copied = None
     if device.type == "cuda":
-        flat = flat.pin_memory()
-    flat = flat.to(device, non_blocking=True)
+        made_on, copied = torch.cuda.current_stream(device), torch.cuda.Event()
+        flat = flat.pin_memory().to(device, non_blocking=True)
+        copied.record(made_on)
     tensors, at = [], 0
     for part in parts:
         tensors.append(flat[at : at + part.size].view(part.shape))
         at += part.size
-    return DeviceStream(*tensors, n_items=len(stream.items), n_combines=len(stream.combines), slots=stream.slots)
+    counts = dict(n_items=len(stream.items), n_combines=len(stream.combines), slots=stream.slots)
+    return DeviceStream(*tensors, **counts, made_on=made_on, copied=copied)
 
 
 def tile_rows(bounds: IntArray, rows_per_tile: int) -> IntArray:

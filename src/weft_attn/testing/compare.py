@@ -13,8 +13,9 @@ e(baseline) is the larger error of two PyTorch programs: autograd through the re
 `blockwise`, the formulas of FlashAttention (float32 sums, operands of products rounded, delta = rowsum(dO * out) from the
 rounded out). The first rounds scores, which no kernel does; the second has the cancellation of dP - delta, which autograd has not.
 
-Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest. There, and only there, u(bfloat16) is a whole ulp
-and `blockwise` truncates too.
+Triton's interpreter truncates float32 to bfloat16 where GPUs round to nearest. There, and only there, u(bfloat16) is a whole
+ulp, `blockwise` truncates too, and the baseline counts 4 times instead of 2: truncation errs in one direction, so that errors add
+up where rounding's cancel.
 
 lse is float32 whatever the inputs are, and is held to a float32 baseline. Its error is an absolute one (it is that of a
 logarithm), so a row's size is at least 1. Rows that see nothing have lse -inf: at exactly the same places. NaN never passes.
@@ -116,22 +117,29 @@ def budget(
     a, o, *bs = (torch.where(finite, x, 0.0) for x in (a, o, *bs))
     typical = float(o.square().mean().sqrt())
     if typical < zero:
-        return _measured(a, torch.zeros_like(o), [], torch.ones_like(o), 1.0, zero)
+        return _measured(a, torch.zeros_like(o), [], torch.ones_like(o), 1.0, 0.0, zero)
     # A row whose terms cancel is measured against the tensor's typical element.
     rows = o.abs().amax(dim=-1, keepdim=True).clamp(min=max(typical, smallest, _TINY))
     size = max(float(o.norm()), smallest * o.numel() ** 0.5, _TINY)
-    return _measured(a, o, bs, rows, size, rounding_band(dtype or actual.dtype, truncated=truncated))
+    factor = BASELINE_FACTOR * (2 if truncated else 1)
+    return _measured(a, o, bs, rows, size, factor, rounding_band(dtype or actual.dtype, truncated=truncated))
 
 
 def _measured(
-    a: torch.Tensor, o: torch.Tensor, baselines: list[torch.Tensor], rows: torch.Tensor, size: float, band: float
+    a: torch.Tensor,
+    o: torch.Tensor,
+    baselines: list[torch.Tensor],
+    rows: torch.Tensor,
+    size: float,
+    factor: float,
+    band: float,
 ) -> Budget:
     off = (a - o).abs() / rows
     base = max((float((b - o).norm()) for b in baselines), default=0.0) / size
     row_base = max((float(((b - o).abs() / rows).max()) for b in baselines), default=0.0)
     worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     error = float((a - o).norm()) / size
-    return Budget(error, BASELINE_FACTOR * base + band, float(off.max()), BASELINE_FACTOR * row_base + band, worst)
+    return Budget(error, factor * base + band, float(off.max()), factor * row_base + band, worst)
 
 
 _TINY = 1e-300

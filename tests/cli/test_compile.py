@@ -1,0 +1,169 @@
+"""`weft compile` compiles what the tables ask for, and says what is wrong with it. No GPU, and no interpreter, is needed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from weft_attn.cli.compile import MAX_SPILL
+from weft_attn.cli.main import main
+from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.kernels import matrix
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.matrix import Outcome, Variant, compile_variant, variants
+from weft_attn.kernels.offline import compile_call
+from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig
+from weft_attn.launch.device import TARGETS, target
+from weft_attn.launch.select import tables
+
+ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+FORWARD = Variant(
+    "sm_80",
+    "forward",
+    "a test",
+    ForwardConfig(block_q=64, block_k=32, num_warps=4, num_stages=2),
+    head_dim=64,
+    dtype=torch.bfloat16,
+    few_rows=False,
+    all_features=False,
+)
+
+
+@triton.jit
+def adds_atomically(x_ptr, n, BLOCK: tl.constexpr):
+    tl.atomic_add(x_ptr + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) < n)
+
+
+def test_what_selection_gives_compiles_for_every_target_within_bounds(
+    weft: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = weft("compile", "--quick", "--arch", *ARCHS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = len(variants(ARCHS, quick=True))
+    assert f"{expected} of {expected} variants compile and fit, for {', '.join(ARCHS)}" in done.stdout
+
+
+def test_several_targets_after_one_option_and_repeated_options_add_up(
+    weft: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    done = weft("compile", "--quick", "--kernel", "delta", "--workers", 1, "--arch", "sm_80", "sm_90", "--arch", "gfx942")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines() if " delta " in line] == [
+        [arch, "delta"] for arch in ("sm_80", "gfx942", "sm_90")
+    ]
+
+
+@pytest.mark.parametrize("arch", TARGETS)
+def test_every_row_of_a_targets_tables_is_compiled(arch: str) -> None:
+    compiled = {(v.kernel, v.config, v.few_rows) for v in variants([arch])}
+    for table in tables():
+        for row in table.rows if table.arch == arch else ():
+            choices = [row.config]
+            if getattr(row.config, "use_tma", False):
+                choices.append(replace(row.config, use_tma=False))
+            assert any((row.config.kernel, config, row.few_rows > 0) in compiled for config in choices), (table.name, row)
+
+
+def test_variants_cover_kernels_dtypes_features_and_ragged_heads() -> None:
+    found = variants(["sm_80"])
+    assert {v.kernel for v in found} == set(CONFIGS)
+    assert {v.dtype for v in found} == {torch.bfloat16, torch.float16, torch.float32}
+    for kernel in CONFIGS:
+        of_kernel = [v for v in found if v.kernel == kernel]
+        assert {v.all_features for v in of_kernel} == {False, True}
+        assert any(v.head_dim & (v.head_dim - 1) for v in of_kernel)
+    assert any(v.few_rows for v in found)
+    assert {v.head_dim for v in variants(["sm_80"], head_dim=72)} == {72}
+
+
+def test_only_what_the_target_holds_is_compiled() -> None:
+    from weft_attn.launch.resources import shortfall
+
+    for variant in variants(["sm_86", "gfx942"]):
+        assert not shortfall(variant.config, variant.shape, target(variant.arch))
+
+
+@pytest.mark.parametrize(
+    ("outcome", "fault"),
+    [
+        (Outcome(FORWARD, error="CompilationError: no"), "CompilationError: no"),
+        (Outcome(FORWARD, spilled_bytes=MAX_SPILL + 4), "spills 516 bytes"),
+        (Outcome(FORWARD, shared_memory=target("sm_80").shared_memory + 1), "bytes of shared memory of 166912"),
+        (Outcome(FORWARD, shared_memory=Outcome(FORWARD).shared_memory_bound + 1), "computed bound"),
+        (Outcome(FORWARD, atomics=2), "2 atomics"),
+    ],
+)
+def test_each_fault_is_found(outcome: Outcome, fault: str) -> None:
+    assert any(fault in found for found in outcome.faults(MAX_SPILL))
+
+
+def test_a_sound_kernel_has_no_fault_and_says_what_it_needs() -> None:
+    outcome = compile_variant(FORWARD)
+    assert outcome.faults(MAX_SPILL) == []
+    assert 32 <= (outcome.registers or 0) <= 255
+    # Q stays in shared memory or registers; two stages of K and V tiles do not fit registers.
+    assert outcome.shared_memory >= 2 * 2 * 32 * 64 * 2
+
+
+def test_a_config_that_drowns_in_registers_is_caught() -> None:
+    drowning = ForwardConfig(block_q=128, block_k=32, num_warps=1, num_stages=1)
+    faults = compile_variant(replace(FORWARD, config=drowning)).faults(MAX_SPILL)
+    assert any("spills" in fault for fault in faults)
+
+
+def test_what_the_compiler_raises_is_an_outcome() -> None:
+    config = ForwardConfig(block_q=64, block_k=32, num_warps=4, num_stages=2)
+    # Tiles are powers of two: a config refuses to hold another, and Triton to compile it.
+    object.__setattr__(config, "block_k", 48)
+    outcome = compile_variant(replace(FORWARD, config=config))
+    assert "power of 2" in outcome.error
+    assert outcome.faults(MAX_SPILL) == [outcome.error]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_an_atomic_in_the_machine_code_is_counted(arch: str) -> None:
+    call = KernelCall(
+        adds_atomically, (1,), dict(x_ptr=torch.empty(64, device="meta"), n=60), dict(BLOCK=64), num_warps=4, num_stages=1
+    )
+    assert compile_call(call, arch).atomics > 0
+
+
+def test_one_fault_makes_the_command_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    delta = replace(FORWARD, kernel="delta", config=DeltaConfig(num_warps=4, num_stages=1))
+    outcomes = [Outcome(delta, registers=40), Outcome(delta, registers=40, atomics=1)]
+    monkeypatch.setattr(matrix, "variants", lambda *args, **kwargs: [delta, delta])
+    monkeypatch.setattr(matrix, "compile_all", lambda *args: iter(outcomes))
+    with pytest.raises(SystemExit) as end:
+        main(["compile", "--arch", "sm_80"])
+    assert end.value.code == 1
+    text = capsys.readouterr().out
+    assert "holds 1 atomics" in text
+    assert "1 of 2 variants compile and fit" in text
+
+
+def test_bad_requests_are_refused() -> None:
+    with pytest.raises(Unsupported, match="sm_99"):
+        variants(["sm_90", "sm_99"])
+    with pytest.raises(InvalidInput, match="backward_dv"):
+        variants(["sm_90"], kernels=["backward_dv"])
+    with pytest.raises(InvalidInput, match="multiple of 8"):
+        variants(["sm_90"], head_dim=100)
+
+
+def test_an_unknown_target_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["compile", "--arch", "sm_99"])
+    assert end.value.code == 2
+    assert "sm_99" in capsys.readouterr().err
+
+
+def test_an_interpreting_triton_is_refused(weft: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = weft("compile", "--quick", "--arch", "sm_80", interpret=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr

@@ -1,0 +1,130 @@
+"""The device twin of THE visibility rule, cell by cell, and the walk over a run table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile, visible_interval
+from weft_attn.plan import slices, stream
+from weft_attn.testing.cases import PLANS
+
+ROWS = 32
+
+
+@triton.jit
+def _interval_kernel(first_ptr, stop_ptr, col_len, lo, hi, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.arange(0, ROWS)
+    first, stop = visible_interval(rows, col_len, lo, hi)
+    tl.store(first_ptr + rows, first)
+    tl.store(stop_ptr + rows, stop)
+
+
+@triton.jit
+def _run_kernel(out_ptr, run_ptr, row, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    rows = tl.arange(0, ROWS)
+    first, stop, end = interval_in_run(run_ptr, row + rows)
+    tl.store(out_ptr + rows, first)
+    tl.store(out_ptr + ROWS + rows, stop)
+    tl.store(out_ptr + 2 * ROWS + rows, tl.zeros([ROWS], tl.int32) + end)
+
+
+@triton.jit
+def _walk_kernel(out_ptr, runs_ptr, run, n_tiles, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    col, left = first_tile(runs_ptr, run)
+    for step in range(n_tiles):
+        tl.store(out_ptr + 2 * step, run)
+        tl.store(out_ptr + 2 * step + 1, col)
+        run, col, left = next_tile(runs_ptr, run, col, left, BLOCK)
+
+
+def cells(first: np.ndarray, stop: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    return (columns >= first[:, None]) & (columns < stop[:, None])
+
+
+def test_the_device_rule_is_the_host_rule_on_random_slices() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        col_len = int(random.integers(0, 40))
+        lo, hi = (int(x) for x in random.integers(-45, 45, size=2))
+        first, stop = (torch.zeros(ROWS, dtype=torch.int32) for _ in range(2))
+        _interval_kernel[(1,)](first, stop, col_len, lo, hi, ROWS=ROWS)
+        expected = slices.visible_interval(np.arange(ROWS), col_len, lo, hi)
+        np.testing.assert_array_equal(first.numpy(), expected[0])
+        np.testing.assert_array_equal(stop.numpy(), expected[1])
+
+
+def test_rows_outside_a_runs_slice_see_nothing_and_rows_inside_see_the_host_rules_cells() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(200):
+        row_start, row_len, col_start, col_len, row = (int(x) for x in random.integers(0, 30, size=5))
+        lo, hi = (int(x) for x in random.integers(-35, 35, size=2))
+        run = torch.tensor([0, 0, row_start, row_len, col_start, col_len, lo, hi], dtype=torch.int32)
+        out = torch.zeros(3, ROWS, dtype=torch.int32)
+        _run_kernel[(1,)](out, run, row, ROWS=ROWS)
+        rows, columns = np.arange(row, row + ROWS), np.arange(80)
+        first, stop = slices.visible_interval(rows - row_start, col_len, lo, hi)
+        expected = cells(col_start + first, col_start + stop, columns)
+        expected[(rows < row_start) | (rows >= row_start + row_len)] = False
+        np.testing.assert_array_equal(cells(out[0].numpy(), out[1].numpy(), columns), expected)
+        assert (out[2] == col_start + col_len).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["packed", "zigzag_padded", "shared_prefix", "window_both"])
+def test_a_kernel_walks_the_tiles_that_the_host_tables_say(name: str, transposed: bool) -> None:
+    tables = stream.host_stream(PLANS[name](40), stream.Tiling(16, 8, 3, transposed))
+    runs = torch.from_numpy(tables.runs)
+    for item in tables.items.tolist():
+        for run, n_tiles in ((item[2], item[3]), (item[4], item[5])):
+            expected, at, taken = [], run, 0
+            for _ in range(n_tiles):
+                expected.append([at, int(tables.runs[at, 0]) + 8 * taken])
+                taken += 1
+                if taken == tables.runs[at, 1]:
+                    at, taken = at + 1, 0
+            walked = torch.zeros(n_tiles, 2, dtype=torch.int32)
+            _walk_kernel[(1,)](walked, runs, run, n_tiles, BLOCK=8)
+            assert walked.tolist() == expected
+
+
+def test_device_constants_are_the_host_tables_columns() -> None:
+    for fields, prefix in ((stream.ITEM_FIELDS, "ITEM"), (stream.RUN_FIELDS, "RUN"), (stream.COMBINE_FIELDS, "COMBINE")):
+        assert getattr(layout, f"{prefix}_WIDTH").value == len(fields)
+    items = {"row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot"}
+    for field in items:
+        assert getattr(layout, f"ITEM_{field.upper()}").value == stream.ITEM_FIELDS.index(field)
+    # Kernels say row and column where the forward's table says query and key.
+    for device, host in (("ROW_START", "q_start"), ("ROW_LEN", "q_len"), ("COL_START", "k_start"), ("COL_LEN", "k_len")):
+        assert getattr(layout, f"RUN_{device}").value == stream.RUN_FIELDS.index(host)
+    for field in ("col", "n_tiles", "lo", "hi"):
+        assert getattr(layout, f"RUN_{field.upper()}").value == stream.RUN_FIELDS.index(field)
+    for field in stream.COMBINE_FIELDS:
+        assert getattr(layout, f"COMBINE_{field.upper()}").value == stream.COMBINE_FIELDS.index(field)
+
+
+@triton.jit
+def _cast_kernel(x_ptr, cast_ptr, stored_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    offsets = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + offsets)
+    tl.store(cast_ptr + offsets, x.to(cast_ptr.dtype.element_ty))
+    tl.store(stored_ptr + offsets, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_interpreter_truncates_to_bfloat16_and_rounds_to_float16(dtype: torch.dtype) -> None:
+    """What `testing/compare.py` says of it: when this fails, the allowance there can go."""
+    from weft_attn.testing.compare import truncated_to_bfloat16, truncates
+
+    x = torch.randn(256, generator=torch.Generator().manual_seed(0))
+    cast, stored = torch.empty(256, dtype=dtype), torch.empty(256, dtype=dtype)
+    _cast_kernel[(1,)](x, cast, stored, SIZE=256)
+    expected = truncated_to_bfloat16(x) if dtype == torch.bfloat16 else x.to(dtype).float()
+    assert torch.equal(cast.float(), expected)
+    assert torch.equal(stored.float(), expected)
+    assert truncates(dtype, torch.device("cpu")) is (dtype == torch.bfloat16)
+    assert not truncates(dtype, torch.device("cuda"))
