@@ -93,9 +93,9 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors: base and strides in whole 16 bytes."""
+    """Whether the copy engine can address these tensors: some rows, base and strides in whole 16 bytes."""
     return all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1]) for x in tensors
+        x.shape[0] > 0 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1]) for x in tensors
     )
 
 

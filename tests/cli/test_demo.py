@@ -21,7 +21,7 @@ from weft_attn.plan import Plan
 from weft_attn.plan.layouts import Zigzag
 from weft_attn.testing.cases import Inputs
 
-SIZES = Sizes(tokens=90, heads=2, kv_heads=1, head_dim=16)
+SIZES = Sizes(tokens=90, heads=2, kv_heads=1, head_dim=16, dtype=torch.bfloat16)
 CPU = torch.device("cpu")
 LENGTHS = (37, 0, 3, 50)
 
@@ -128,7 +128,9 @@ def test_a_process_whose_triton_compiles_cannot_interpret_and_says_so(capsys: py
 
 def test_ranks_agree_with_one_device() -> None:
     ranks, results, inputs = run_ranks()
-    assert all(verdicts(compare(ranks, results, inputs, SIZES)).values())
+    checks = compare(ranks, results, inputs, SIZES)
+    assert all(verdicts(checks).values())
+    assert checks.passed
 
 
 @pytest.mark.parametrize("name", ["out", "dq"])
@@ -137,16 +139,18 @@ def test_one_wrong_row_fails_its_rank_alone(name: str) -> None:
     wrong = getattr(results[1], name).clone()
     wrong[-1] += 0.5
     results[1] = replace(results[1], **{name: wrong})
-    found = verdicts(compare(ranks, results, inputs, SIZES))
-    assert [key for key, passed in found.items() if not passed] == [f"{name} 1"]
+    checks = compare(ranks, results, inputs, SIZES)
+    assert [key for key, passed in verdicts(checks).items() if not passed] == [f"{name} 1"]
+    assert not checks.passed
 
 
 @pytest.mark.parametrize("name", ["dk", "dv"])
 def test_a_rank_whose_gradient_is_lost_fails_the_sum(name: str) -> None:
     ranks, results, inputs = run_ranks()
     results[2] = replace(results[2], **{name: torch.zeros_like(getattr(results[2], name))})
-    found = verdicts(compare(ranks, results, inputs, SIZES))
-    assert [key for key, passed in found.items() if not passed] == [name]
+    checks = compare(ranks, results, inputs, SIZES)
+    assert [key for key, passed in verdicts(checks).items() if not passed] == [name]
+    assert not checks.passed
 
 
 def test_nan_fails() -> None:

@@ -58,7 +58,9 @@ def test_features_match_the_oracle_in_every_dtype(features: dict[str, Any], dtyp
     )
 
 
-@pytest.mark.parametrize("name", ["causal_more_rows", "packed_unequal", "window_both", "shared_prefix", "decode_batch", "unseen"])
+@pytest.mark.parametrize(
+    "name", ["causal_more_rows", "packed_unequal", "window_both", "shared_prefix", "decode_batch", "unseen"]
+)
 def test_all_features_together_match_the_oracle(name: str) -> None:
     check(Case(plan=name, size=20, heads=4, kv_heads=2, head_dim=24, head_dim_v=40, sinks=True, softcap=2.0), *configs())
 
@@ -78,17 +80,18 @@ def test_the_identity_product_changes_no_bit(dim: int, dtype: torch.dtype) -> No
     assert_equal(*found)
 
 
-@pytest.mark.parametrize("cache_modifier", ["", ".ca", ".cg"])
-def test_cache_modifiers_reach_the_kernels_and_change_no_bit(cache_modifier: str, launches: list[KernelCall]) -> None:
-    case = Case(plan="packed", size=20)
+def test_cache_modifiers_reach_the_kernels_and_change_no_bit(launches: list[KernelCall]) -> None:
+    case = Case(plan="packed", size=12)
     plan = case.make_plan()
     x = make_inputs(case, plan)
-    with override(*configs()):
-        plain = evaluate(ours(case, plan), x)
-    launches.clear()
-    with override(*configs(cache_modifier=cache_modifier)):
-        assert_equal(evaluate(ours(case, plan), x), plain)
-    assert [c.constants["CACHE"] for c in launches if "CACHE" in c.constants] == [cache_modifier] * 3
+    found = []
+    for cache_modifier in ("", ".ca", ".cg"):
+        launches.clear()
+        with override(*configs(cache_modifier=cache_modifier)):
+            found.append(evaluate(ours(case, plan), x))
+        assert [c.constants["CACHE"] for c in launches if "CACHE" in c.constants] == [cache_modifier] * 3
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
 
 
 def test_an_override_is_what_runs(launches: list[KernelCall]) -> None:
@@ -172,7 +175,16 @@ def assert_equal(one: Results, other: Results) -> None:
         assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
 
 
-NEVER_SEEN = ["zigzag_padded", "unseen", "window_both", "causal_more_keys", "decode_batch", "packed_unequal", "no_rows", "empty"]
+NEVER_SEEN = [
+    "zigzag_padded",
+    "unseen",
+    "window_both",
+    "causal_more_keys",
+    "decode_batch",
+    "packed_unequal",
+    "no_rows",
+    "empty",
+]
 
 
 @pytest.mark.parametrize("name", NEVER_SEEN)

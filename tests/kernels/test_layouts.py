@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, ForwardConfig
 from weft_attn.testing.cases import Case, Inputs, make_inputs
 from weft_attn.testing.compare import Attention, assert_matches_oracle, evaluate
 
-TILES = [kind(block_q=32, block_k=32, num_warps=4, num_stages=1) for kind in (ForwardConfig, BackwardDkdvConfig, BackwardDqConfig)]
-CASE = Case(plan="packed", size=24, heads=4, kv_heads=2, head_dim=24, head_dim_v=40, sinks=True)
+TILES = [
+    kind(block_q=32, block_k=32, num_warps=4, num_stages=1) for kind in (ForwardConfig, BackwardDkdvConfig, BackwardDqConfig)
+]
+CASE = Case(plan="packed", size=12, heads=4, kv_heads=2, head_dim=24, head_dim_v=40, sinks=True)
 
 
 def ours(plan: weft.Plan) -> Attention:
@@ -108,9 +111,9 @@ def test_a_dense_batch_of_transposed_views_is_read_in_place() -> None:
 
 
 def test_dense_packed_and_planned_calls_agree_to_the_bit() -> None:
-    q, k, v = (torch.randn(3, n, h, 16, requires_grad=True) for n, h in ((21, 4), (33, 2), (33, 2)))
+    q, k, v = (torch.randn(3, n, h, 16, requires_grad=True) for n, h in ((17, 4), (9, 2), (9, 2)))
     sinks = torch.randn(4, requires_grad=True)
-    cu_q, cu_k = [0, 21, 42, 63], [0, 33, 66, 99]
+    cu_q, cu_k = [0, 17, 34, 51], [0, 9, 18, 27]
     plan = weft.Plan.from_cu_seqlens(cu_q, cu_k, causal=True, window=(9, None))
     with override(*TILES):
         flat = [x.flatten(0, 1) for x in (q, k, v)]
@@ -138,3 +141,21 @@ def test_a_plan_is_prepared_once_for_each_choice_of_config() -> None:
     with override(ForwardConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)):
         evaluate(ours(plan), x)
     assert len(plan._streams) > prepared
+
+
+@pytest.mark.parametrize("name", ["packed", "zigzag_padded", "causal_more_rows", "concat"])
+def test_nothing_is_written_outside_of_the_results(name: str, guarded_memory: None) -> None:
+    case = Case(plan=name, size=12, head_dim=24, head_dim_v=40)
+    plan = case.make_plan()
+    inputs = make_inputs(case, plan)
+    with override(*TILES):
+        evaluate(ours(plan), inputs)
+
+
+def test_nothing_is_written_outside_of_the_parts(guarded_memory: None, machine: Callable[..., object]) -> None:
+    machine(multiprocessors=132)
+    case = Case(plan="decode_16", head_dim=24, head_dim_v=40)
+    plan = case.make_plan()
+    inputs = make_inputs(case, plan)
+    with override(ForwardConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)):
+        evaluate(ours(plan), inputs, gradients=False)

@@ -65,7 +65,7 @@ LONG = {
     "shared_prefix": 70,
     "decode_batch": 40,
     "prefix_lm": 40,
-    "unseen": 90,
+    "unseen": 120,
     "groups": 80,
     "concat": 150,
 }
@@ -92,7 +92,9 @@ def test_more_parts_than_a_combining_program_reads_at_a_time(launches: list[Kern
     assert parts.max() > 16
 
 
-@pytest.mark.parametrize("features", [{"sinks": True}, {"softcap": 2.0}, {"sinks": True, "softcap": 2.0, "spread": 8.0}], ids=str)
+@pytest.mark.parametrize(
+    "features", [{"sinks": True}, {"softcap": 2.0}, {"sinks": True, "softcap": 2.0, "spread": 8.0}], ids=str
+)
 @pytest.mark.parametrize("name", ["decode_1", "decode_16", "packed_unequal", "unseen"])
 def test_features_survive_the_split(name: str, features: dict[str, object], launches: list[KernelCall]) -> None:
     size = LONG.get(name, 40)

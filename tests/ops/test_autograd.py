@@ -40,7 +40,9 @@ def test_a_dense_call_is_the_plan_of_its_batch() -> None:
     plan = weft.Plan.dense(3, 7, 9, causal=True, window=(4, None))
     x = make_inputs(case, plan)
 
-    def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         q, k, v = (t.view(3, -1, t.shape[1], t.shape[2]) for t in (q, k, v))
         out, lse = weft.attention(q, k, v, causal=True, window=(4, None), sinks=sinks, return_lse=True)
         assert out.shape == (3, 7, 4, 24)
@@ -70,7 +72,9 @@ def test_without_return_lse_the_output_is_the_same() -> None:
     out, _ = weft.attention(x, x, x, return_lse=True)
     assert torch.equal(weft.attention(x, x, x), out)  # type: ignore[arg-type]
     plan = weft.Plan.dense(1, 5, 5)
-    assert torch.equal(weft.plan_attention(x[0], x[0], x[0], plan), weft.plan_attention(x[0], x[0], x[0], plan, return_lse=True)[0])
+    assert torch.equal(
+        weft.plan_attention(x[0], x[0], x[0], plan), weft.plan_attention(x[0], x[0], x[0], plan, return_lse=True)[0]
+    )
 
 
 def test_deterministic_changes_nothing() -> None:

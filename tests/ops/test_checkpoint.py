@@ -23,9 +23,7 @@ def test_checkpointed_gradients_are_equal_to_the_bit(form: str, use_reentrant: b
         elif form == "varlen":
             found = weft.varlen_attention(q, k, v, cu, cu, causal=True, sinks=sinks, return_lse=True)
         else:
-            found = weft.attention(
-                *(x.view(2, 8, -1, 16) for x in (q, k, v)), causal=True, sinks=sinks, return_lse=True
-            )
+            found = weft.attention(*(x.view(2, 8, -1, 16) for x in (q, k, v)), causal=True, sinks=sinks, return_lse=True)
         out, lse = found
         return out.flatten().sin().sum() + lse.sum()
 

@@ -46,7 +46,8 @@ def test_rows_of_a_document_see_its_keys_and_no_others(
 
 
 @pytest.mark.parametrize(
-    "kind", [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32), lambda x: np.array(x, np.uint16)]
+    "kind",
+    [list, tuple, np.array, torch.tensor, lambda x: torch.tensor(x, dtype=torch.int32), lambda x: np.array(x, np.uint16)],
 )
 def test_cu_seqlens_may_be_any_host_integers(kind: Callable[[Any], Any]) -> None:
     cu = [0, 3, 3, 8]
@@ -121,7 +122,9 @@ def test_ranks_own_each_token_exactly_once(lengths: list[int], world: int) -> No
     assert {p.total_k for p in plans} == {sum(lengths)}
 
 
-@given(lengths=LENGTHS, world=WORLDS, data=st.data(), causal=st.booleans(), window=WINDOWS, order=st.sampled_from(build.KV_ORDERS))
+@given(
+    lengths=LENGTHS, world=WORLDS, data=st.data(), causal=st.booleans(), window=WINDOWS, order=st.sampled_from(build.KV_ORDERS)
+)
 def test_a_ranks_rows_see_what_the_whole_documents_rows_see(
     lengths: list[int],
     world: int,

@@ -67,7 +67,7 @@ def test_a_batch_is_shared() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.5, True, False, "1", None, 1j, torch.tensor(1.0), [1.0]])
 def test_a_scalar_is_a_finite_number_that_is_not_negative(value: Any) -> None:
-    with pytest.raises(InvalidInput, match="softcap .*expected.*given"):
+    with pytest.raises(InvalidInput, match=r"softcap .*expected.*given"):
         checks.number(value, "softcap")
 
 

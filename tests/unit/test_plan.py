@@ -160,3 +160,29 @@ def test_a_thousand_documents_cost_milliseconds() -> None:
             times.append(time.perf_counter() - begin)
         # Designed for 5 ms; the rest is for a busy machine.
         assert min(times) < 0.05
+
+
+@given(
+    st.integers(0, 8),
+    st.integers(0, 8),
+    st.one_of(st.none(), st.integers(-12, 12)),
+    st.one_of(st.none(), st.integers(-12, 12)),
+)
+def test_canonical_slices_hold_no_row_and_no_key_at_an_end_that_is_not_visible(
+    q_len: int, k_len: int, lo: int | None, hi: int | None
+) -> None:
+    given_slice = Slice(2, q_len, 3, k_len, lo, hi)
+    plan = Plan([given_slice], 12, 13)
+    mask = np.zeros((12, 13), dtype=bool)
+    for i in range(q_len):
+        for j in range(k_len):
+            mask[2 + i, 3 + j] = (lo is None or j - i >= lo) and (hi is None or j - i <= hi)
+    np.testing.assert_array_equal(plan.to_mask().numpy(), mask)
+    assert plan.pairs == mask.sum()
+    assert len(plan.slices) == bool(mask.any())
+    for one in plan.slices:
+        for row in (one.q_start, one.q_start + one.q_len - 1):
+            assert mask[row].any()
+        for key in (one.k_start, one.k_start + one.k_len - 1):
+            assert mask[:, key].any()
+    assert Plan(plan.slices, 12, 13) == plan

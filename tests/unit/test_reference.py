@@ -66,7 +66,9 @@ def test_the_reference_agrees_with_pytorchs_attention(name: str) -> None:
     plan = case.make_plan()
     x = make_inputs(case, plan)
 
-    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def sdpa(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         moved = (t.transpose(0, 1)[None] for t in (q, k, v))
         out = F.scaled_dot_product_attention(*moved, attn_mask=plan.to_mask())[0].transpose(0, 1)
         return out, torch.zeros(q.shape[1], q.shape[0], dtype=q.dtype)
@@ -169,7 +171,7 @@ def tensors(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rounding_to_nearest_fits_the_band_without_a_baseline() -> None:
-    oracle, rounded = tensors(64, 4, 32)
+    oracle, _rounded = tensors(64, 4, 32)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         found = budget(oracle.to(dtype), oracle, oracle)
         assert found.passed, found
@@ -248,7 +250,9 @@ def test_the_message_names_tensor_error_bound_and_worst_element() -> None:
     oracle, rounded = tensors(8, 8)
     wrong = rounded.clone()
     wrong[5, 6] += 1
-    with pytest.raises(AssertionError, match=r"dq \(8, 8\) torch.bfloat16: relative error .*bound .* \(5, 6\): .* against .* \(bound "):
+    with pytest.raises(
+        AssertionError, match=r"dq \(8, 8\) torch.bfloat16: relative error .*bound .* \(5, 6\): .* against .* \(bound "
+    ):
         assert_close_to_oracle("dq", wrong, oracle, rounded)
 
 

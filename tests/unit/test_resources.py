@@ -76,7 +76,8 @@ def test_what_is_lacking_is_said_in_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arch", "has_tma"), [("sm_80", False), ("sm_86", False), ("sm_90", True), ("sm_100", True), ("sm_120", True), ("gfx942", False)]
+    ("arch", "has_tma"),
+    [("sm_80", False), ("sm_86", False), ("sm_90", True), ("sm_100", True), ("sm_120", True), ("gfx942", False)],
 )
 def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
     assert TARGETS[arch].has_tma is has_tma

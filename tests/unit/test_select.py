@@ -231,7 +231,9 @@ def test_many_rows_are_neither_packed_nor_split() -> None:
         assert cut(Plan.dense(1, 8192, 8192, causal=True), 32, 8) == (1, None)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "pack"), [(32, 8, 4), (32, 4, 8), (16, 1, 16), (32, 1, 16), (12, 2, 6), (8, 8, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "pack"), [(32, 8, 4), (32, 4, 8), (16, 1, 16), (32, 1, 16), (12, 2, 6), (8, 8, 1)]
+)
 def test_few_rows_pack_the_query_heads_of_a_kv_head_and_split_the_keys(heads: int, kv_heads: int, pack: int) -> None:
     with override(forward(16, 64)):
         found, max_tiles = cut(Plan.dense(1, 1, 131072), heads, kv_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,9 +29,9 @@ def plans(draw: st.DrawFn) -> Plan:
     cuts = st.lists(st.integers(0, 70), max_size=5)
     slices = []
     key_cuts = sorted({min(c, total_k) for c in draw(cuts)} | {0, total_k})
-    for k_start, k_stop in zip(key_cuts[:-1], key_cuts[1:], strict=True):
+    for k_start, k_stop in itertools.pairwise(key_cuts):
         row_cuts = sorted({min(c, total_q) for c in draw(cuts)} | {0, total_q})
-        for q_start, q_stop in zip(row_cuts[:-1], row_cuts[1:], strict=True):
+        for q_start, q_stop in itertools.pairwise(row_cuts):
             if draw(st.booleans()):
                 bound = st.none() | st.integers(-80, 80)
                 slices.append(Slice(q_start, q_stop - q_start, k_start, k_stop - k_start, draw(bound), draw(bound)))
@@ -136,13 +138,31 @@ def test_interior_tiles_of_neighbouring_slices_are_one_run() -> None:
     assert len(stream.runs) == 2, "one run and the row to spare"
 
 
-def test_short_neighbours_share_a_tile_and_long_ones_do_not() -> None:
+def spans(plan: Plan, tiling: Tiling) -> list[tuple[int, int]]:
+    return sorted((int(row), int(row + n)) for row, n in host_stream(plan, tiling).items[:, :2])
+
+
+def test_short_neighbours_share_a_tile_where_they_see_common_keys() -> None:
+    # A prompt of 40, and responses that see it: 40 is too long to share, [5, 4, 20] fit one tile of 32, 7 begins the next.
+    plan = Plan.shared_prefix(40, [5, 4, 20, 7])
+    assert spans(plan, Tiling(32, 16)) == [(0, 32), (32, 40), (40, 69), (69, 76)]
+    assert count_items(plan, 32) == 4
+
+
+def test_documents_never_share_a_tile() -> None:
     cu = [0, 5, 9, 16, 80, 83]
     plan = Plan.from_cu_seqlens(cu, cu, causal=True)
-    stream = host_stream(plan, Tiling(32, 16))
-    spans = sorted((int(r), int(r + n)) for r, n in stream.items[:, :2])
-    assert spans == [(0, 16), (16, 48), (48, 80), (80, 83)]
-    assert count_items(plan, 32) == 4
+    expected = [(0, 5), (5, 9), (9, 16), (16, 48), (48, 80), (80, 83)]
+    assert spans(plan, Tiling(32, 16)) == expected
+    assert spans(plan, Tiling(32, 16, transposed=True)) == expected
+
+
+def test_the_two_chunks_of_a_short_document_share_a_tile_of_a_zigzag_rank_and_two_documents_do_not() -> None:
+    plan = Plan.zigzag([0, 16, 32], rank=1, world_size=2)
+    assert spans(plan, Tiling(16, 16)) == [(0, 8), (8, 16)]
+    # Rank 0's late chunks are seen by nobody here, so that they share with nobody.
+    unshared, shared = [(0, 4), (4, 8), (8, 12), (12, 16)], [(16, 24), (24, 32)]
+    assert spans(plan, Tiling(16, 16, transposed=True)) == unshared + shared
 
 
 def test_parts_of_a_split_item_differ_by_at_most_one_tile() -> None:

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from weft_attn.demo.documents import Pack, pack_documents
 from weft_attn.demo.ranks import (
-    DTYPE,
     GPU_SIZES,
     INTERPRETER_SIZES,
     RankResult,
@@ -91,7 +90,7 @@ def run_demo(options: Options, console: Console) -> bool:
             progress.update(task, description=f"rank {rank}: forward and backward")
             results.append(ranks.run(rank))
             progress.advance(task)
-        progress.update(task, description="one device, in float64 and in bfloat16")
+        progress.update(task, description="one device")
         checks = compare(ranks, results, inputs, sizes)
         progress.advance(task)
         progress.update(task, description="picture")
@@ -102,7 +101,7 @@ def run_demo(options: Options, console: Console) -> bool:
     console.print(_sum_table(checks))
     console.print(
         "Errors are norms relative to float64 attention of the whole pack on one device. The bound is twice the error of the "
-        f"same in plain {_name(DTYPE)} PyTorch, and a rounding; the worst row of each tensor has a bound of its own.",
+        f"same in plain {_name(sizes.dtype)} PyTorch, and a rounding; the worst row of each tensor has a bound of its own.",
         style="dim",
     )
     console.print(f"picture: {picture}", soft_wrap=True)
@@ -114,13 +113,13 @@ def run_demo(options: Options, console: Console) -> bool:
 def compare(ranks: ZigzagRanks, results: Sequence[RankResult], inputs: Inputs, sizes: Sizes) -> Checks:
     """Hold what the ranks computed to causal attention of the whole pack on one device."""
     whole = Plan.from_cu_seqlens(ranks.cu_seqlens, ranks.cu_seqlens, causal=True)
-    case = Case(heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, dtype=DTYPE, lse_gradient=False)
+    case = Case(heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, dtype=sizes.dtype, lse_gradient=False)
     exact = blockwise(case, whole, inputs, torch.float64)
-    baseline = blockwise(case, whole, inputs, DTYPE)
-    truncated = truncates(DTYPE, inputs.q.device)
+    baseline = blockwise(case, whole, inputs, sizes.dtype)
+    truncated = truncates(sizes.dtype, inputs.q.device)
 
     def held(name: str, actual: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> Budget:
-        return budget(actual, getattr(exact, name)[rows], getattr(baseline, name)[rows], dtype=DTYPE, truncated=truncated)
+        return budget(actual, getattr(exact, name)[rows], getattr(baseline, name)[rows], dtype=sizes.dtype, truncated=truncated)
 
     return Checks(
         out=tuple(held("out", result.out, result.tokens) for result in results),
@@ -173,7 +172,7 @@ def _introduce(pack: Pack, sizes: Sizes, world_size: int, device: torch.device, 
     if pack.left_out:
         console.print(f"left out, for room: {pack.left_out} documents (see --tokens)")
     console.print(
-        f"{sizes.heads} query heads, {sizes.kv_heads} KV heads, head dim {sizes.head_dim}, {_name(DTYPE)}; "
+        f"{sizes.heads} query heads, {sizes.kv_heads} KV heads, head dim {sizes.head_dim}, {_name(sizes.dtype)}; "
         f"{world_size} zigzag ranks, keys in gathered order; forward and backward"
     )
     if device.type == "cuda":

@@ -67,16 +67,25 @@ def visible_interval(
 
 
 def canonical(table: IntArray) -> IntArray:
-    """Clamp unbounded and far bands to the smallest band with the same cells; drop slices without a visible cell.
+    """The same cells in the smallest form: finite bands, no row or key at either end without a visible cell, no empty slice.
+
+    What a slice leaves out here is never read: a NaN in a key that no row sees reaches nothing.
 
     Args:
         table: (n, 6) int64, columns Q_START .. HI; bounds may be `build.UNBOUNDED` of either sign.
     """
+    table = table[count_pairs(table) > 0]
+    q_len, k_len, lo, hi = table[:, Q_LEN], table[:, K_LEN], table[:, LO], table[:, HI]
+    # Keys before lo are seen by no row, and those from q_len + hi on; rows alike.
+    first_key, first_row = np.maximum(lo, 0), np.maximum(-hi, 0)
     out = table.copy()
-    q_len, k_len = table[:, Q_LEN], table[:, K_LEN]
-    out[:, LO] = np.clip(table[:, LO], 1 - q_len, k_len)
-    out[:, HI] = np.clip(table[:, HI], -q_len, k_len - 1)
-    return out[count_pairs(out) > 0]
+    out[:, K_START] += first_key
+    out[:, Q_START] += first_row
+    out[:, K_LEN] = np.minimum(k_len, q_len + hi) - first_key
+    out[:, Q_LEN] = np.minimum(q_len, k_len - lo) - first_row
+    out[:, LO] = np.maximum(lo - first_key + first_row, 1 - out[:, Q_LEN])
+    out[:, HI] = np.minimum(hi - first_key + first_row, out[:, K_LEN] - 1)
+    return out
 
 
 def count_pairs(table: IntArray) -> IntArray:

@@ -110,7 +110,7 @@ def host_stream(plan: Plan, tiling: Tiling) -> Stream:
 
 def count_items(plan: Plan, rows_per_tile: int) -> int:
     """Items of the forward before any split: what decides whether splitting is needed."""
-    return len(tile_rows(elementary_segments(plan.rows, plan.total_q), rows_per_tile))
+    return len(tile_rows(plan.rows, plan.total_q, rows_per_tile))
 
 
 def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
@@ -130,19 +130,22 @@ def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
     return DeviceStream(*tensors, **counts, made_on=made_on, copied=copied)
 
 
-def tile_rows(bounds: IntArray, rows_per_tile: int) -> IntArray:
-    """(n, 2) row ranges [start, stop) of the tiles: cuts at every segment, but whole short neighbours share a tile.
+def tile_rows(table: IntArray, total_rows: int, rows_per_tile: int) -> IntArray:
+    """(n, 2) row ranges [start, stop) of the tiles: cuts at every segment, but short neighbours that see common columns share one.
 
-    Sharing costs no matrix work (each slice's columns are visited once per tile either way) and, where neighbours see the same
-    columns (decoding with a shared prefix), reads those columns once for all.
+    Rows that see the same columns (decoding with a shared prefix, the chunks of one document) then read them once. Rows of
+    different documents never share a tile: a NaN of one would reach the other as zero times NaN.
     """
+    bounds = elementary_segments(table, total_rows)
     lengths = np.diff(bounds)
     if len(lengths) == 0:
         return np.zeros((0, 2), np.int64)
     starts = bounds[:-1]
     short = lengths <= rows_per_tile
-    if (short[1:] & short[:-1] & (lengths[1:] + lengths[:-1] <= rows_per_tile)).any():
-        heads = _pack_short(lengths.tolist(), rows_per_tile)
+    fits = short[1:] & short[:-1] & (lengths[1:] + lengths[:-1] <= rows_per_tile)
+    if fits.any():
+        joins = fits & _see_common_columns(table, bounds)
+        heads = _pack_short(lengths.tolist(), joins.tolist(), rows_per_tile)
         starts = starts[heads]
         lengths = np.diff(np.concatenate([starts, bounds[-1:]]))
     counts = -(-lengths // rows_per_tile)
@@ -151,15 +154,31 @@ def tile_rows(bounds: IntArray, rows_per_tile: int) -> IntArray:
     return np.stack([first, stop], axis=1)
 
 
-def _pack_short(lengths: list[int], capacity: int) -> list[int]:
-    """Indices of the segments that begin a tile when whole neighbours are packed greedily."""
-    heads, room = [], -1
-    for index, length in enumerate(lengths):
-        if length <= room:
+def _see_common_columns(table: IntArray, bounds: IntArray) -> NDArray[np.bool_]:
+    """For each segment but the last: do it and the next have slices that begin at the same column?"""
+    first = np.searchsorted(bounds, table[:, Q_START])
+    counts = np.searchsorted(bounds, table[:, Q_START] + table[:, Q_LEN]) - first
+    segment = np.repeat(first, counts) + _ramps(counts)
+    column = np.repeat(table[:, K_START], counts)
+    width = int(column.max(initial=0)) + 1
+    seen = np.sort(segment * width + column)
+    partner = seen + width
+    at = np.minimum(np.searchsorted(seen, partner), max(len(seen) - 1, 0))
+    common = np.zeros(len(bounds) - 1, dtype=bool)
+    common[seen[seen[at] == partner] // width] = True
+    return common[:-1]
+
+
+def _pack_short(lengths: list[int], joins: list[bool], capacity: int) -> list[int]:
+    """Indices of the segments that begin a tile when whole neighbours that may join are packed greedily."""
+    heads, room = [0], capacity - lengths[0]
+    for index in range(1, len(lengths)):
+        length = lengths[index]
+        if joins[index - 1] and length <= room:
             room -= length
         else:
             heads.append(index)
-            room = capacity - length  # negative for a long segment: nothing joins it
+            room = capacity - length
     return heads
 
 
@@ -172,7 +191,7 @@ def _ramps(counts: IntArray) -> IntArray:
 def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     """The tables of a (canonical) slice table cut by a tiling."""
     block = tiling.block_cols
-    tiles = tile_rows(elementary_segments(table, total_rows), tiling.rows_per_tile)
+    tiles = tile_rows(table, total_rows, tiling.rows_per_tile)
 
     # Pairs (tile, slice) that meet, sorted by tile and then by column.
     q_start, q_stop = table[:, Q_START], table[:, Q_START] + table[:, Q_LEN]

@@ -185,9 +185,7 @@ def _describe(name: str, found: Budget, actual: torch.Tensor, oracle64: torch.Te
 # ---- whole results --------------------------------------------------------------------------------------------------------
 
 # (q, k, v, sinks) -> (out, lse)
-Attention = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
-]
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -248,9 +246,7 @@ def baselines_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = Tr
     """What PyTorch makes of it in the input dtype, as autograd and as FlashAttention would; lse in float32."""
 
     def attention(compute: torch.dtype) -> Attention:
-        return lambda q, k, v, sinks: reference_attention(
-            q, k, v, plan, sinks=sinks, compute_dtype=compute, **case.options
-        )
+        return lambda q, k, v, sinks: reference_attention(q, k, v, plan, sinks=sinks, compute_dtype=compute, **case.options)
 
     plain = evaluate(attention(case.dtype), inputs, gradients=gradients)
     lse = evaluate(attention(torch.float32), inputs, gradients=False).lse

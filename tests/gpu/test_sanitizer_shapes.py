@@ -1,0 +1,51 @@
+"""A few small shapes that go through every kernel, with nothing else on the GPU.
+
+A test, and a script to run under a memory checker:
+
+    compute-sanitizer --tool memcheck python tests/gpu/test_sanitizer_shapes.py
+    compute-sanitizer --tool racecheck python tests/gpu/test_sanitizer_shapes.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import weft_attn as weft
+from weft_attn.testing.cases import Case, make_inputs
+from weft_attn.testing.compare import evaluate
+
+CASES = [
+    Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+    Case(plan="zigzag_padded", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, sinks=True, softcap=2.0),
+    Case(plan="causal_more_rows", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+    Case(plan="concat", size=61, heads=4, kv_heads=2, head_dim=80, dtype=torch.float16),
+    Case(plan="odd", heads=2, kv_heads=1, head_dim=64, dtype=torch.float32),
+    Case(plan="window_both", size=61, heads=2, kv_heads=1, head_dim=192, head_dim_v=128, dtype=torch.bfloat16),
+    Case(plan="decode_16", size=301, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, sinks=True),
+    Case(plan="decode_batch", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+    Case(plan="unseen", size=61, heads=2, kv_heads=1, head_dim=24, dtype=torch.float16),
+]
+
+
+def run(case: Case) -> None:
+    plan = case.make_plan()
+    inputs = make_inputs(case, plan, "cuda")
+    found = evaluate(
+        lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options),  # type: ignore[arg-type, return-value]
+        inputs,
+    )
+    torch.cuda.synchronize()
+    for name, tensor in found.items():
+        assert not tensor.isnan().any(), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_shapes_for_the_sanitizer_run(case: Case) -> None:
+    run(case)
+
+
+if __name__ == "__main__":
+    for each in CASES:
+        run(each)
+        print("ran", each, flush=True)  # noqa: T201
