@@ -39,10 +39,9 @@ _library.define(
 
 # ---- plans across the operator boundary -----------------------------------------------------------------------------------
 
+
 @lru_cache(maxsize=256)
-def _dense_plan(
-    batch: int, seqlen_q: int, seqlen_k: int, causal: bool, window: tuple[int | None, int | None]
-) -> Plan:
+def _dense_plan(batch: int, seqlen_q: int, seqlen_k: int, causal: bool, window: tuple[int | None, int | None]) -> Plan:
     return Plan.dense(batch, seqlen_q, seqlen_k, causal=causal, window=window)
 
 
@@ -95,7 +94,8 @@ def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
 def _describable(*tensors: torch.Tensor) -> bool:
     """Whether the copy engine can address these tensors: some rows, base and strides in whole 16 bytes."""
     return all(
-        x.shape[0] > 0 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1]) for x in tensors
+        x.shape[0] > 0 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1])
+        for x in tensors
     )
 
 
@@ -290,9 +290,7 @@ def _backward_kernels(
     return dq, dk, dv, _sink_gradient(sinks, lse, delta_of_rows, q)
 
 
-def _sink_gradient(
-    sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor, q: torch.Tensor
-) -> torch.Tensor:
+def _sink_gradient(sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """dsink_h = -sum_i exp(sink_h - lse_hi) delta_hi: the sink is a key whose value is zero."""
     if sinks is None:
         return q.new_empty(0, dtype=torch.float32)
@@ -392,12 +390,8 @@ def _backward_op(
     if dout is None:
         dout = torch.zeros_like(out)
     if runs_reference(q.device):
-        return _backward_reference(
-            dout, dlse, q, k, v, sinks, plan, softmax_scale, softcap, needs_dq, needs_dkv, dkv_dtype
-        )
-    return _backward_kernels(
-        dout, dlse, q, k, v, sinks, out, lse, plan, softmax_scale, softcap, needs_dq, needs_dkv, dkv_dtype
-    )
+        return _backward_reference(dout, dlse, q, k, v, sinks, plan, softmax_scale, softcap, needs_dq, needs_dkv, dkv_dtype)
+    return _backward_kernels(dout, dlse, q, k, v, sinks, out, lse, plan, softmax_scale, softcap, needs_dq, needs_dkv, dkv_dtype)
 
 
 @torch.library.register_fake("weft::attention_forward", lib=_library)

@@ -118,9 +118,7 @@ def _attend(
     return out, lse[..., 0]
 
 
-def _empty_lse(
-    sinks: torch.Tensor | None, heads: int, rows: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _empty_lse(sinks: torch.Tensor | None, heads: int, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Rows that see no key: -inf, or the sink's own logit where there is one (its term is all the denominator holds)."""
     if sinks is None:
         return torch.full((heads, rows), float("-inf"), dtype=dtype, device=device)

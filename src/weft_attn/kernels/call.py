@@ -37,9 +37,7 @@ class KernelCall:
         """Run on the device of the arguments; an empty grid is no launch."""
         if 0 in self.grid:
             return
-        self.kernel[self.grid](
-            **self.arguments, **self.constants, **self.options
-        )
+        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 def tensor_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

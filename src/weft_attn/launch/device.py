@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -53,7 +53,7 @@ TARGETS = {
 INTERPRETER = Device("interpreter", "sm_80", 4, 163 * KIB)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:

@@ -210,6 +210,9 @@ def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple
         if table.device is None and table.arch == device.arch:
             yield f"architecture table {table.name}", serving(table)
     analytic = next(t for t in tables() if t.arch == "any")
-    yield "analytic default (largest of a short list that fits)", sorted(
-        serving(analytic), key=lambda r: -r.config.block_q * r.config.block_k if isinstance(r.config, StreamConfig) else 0
+    yield (
+        "analytic default (largest of a short list that fits)",
+        sorted(
+            serving(analytic), key=lambda r: -r.config.block_q * r.config.block_k if isinstance(r.config, StreamConfig) else 0
+        ),
     )

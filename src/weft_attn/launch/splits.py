@@ -40,9 +40,7 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
         return ForwardCut(choice, config, 1, Tiling(config.block_q, config.block_k))
 
     group = heads // kv_heads
-    few = Problem(
-        problem.head_dim, problem.head_dim_v, problem.dtype_bits, max(1, plan.total_q * group), problem.tma_possible
-    )
+    few = Problem(problem.head_dim, problem.head_dim_v, problem.dtype_bits, max(1, plan.total_q * group), problem.tma_possible)
     choice = select("forward", few, device)
     config = choice.config
     assert isinstance(config, ForwardConfig)

@@ -65,9 +65,7 @@ def host_cu_seqlens(values: Any, name: str = "cu_seqlens") -> IntArray:
     falls = np.flatnonzero(np.diff(array) < 0)
     if len(falls):
         at = int(falls[0])
-        raise InvalidPlan(
-            f"{name} does not decrease: expected entry {at + 1} >= {int(array[at])}, given {int(array[at + 1])}"
-        )
+        raise InvalidPlan(f"{name} does not decrease: expected entry {at + 1} >= {int(array[at])}, given {int(array[at + 1])}")
     return array
 
 
@@ -187,15 +185,11 @@ def from_groups(groups: Any, cu_seqlens_k: Any, causal: Any, window: Any) -> Bui
     return np.concatenate(tables), total_q, int(cu_k[-1])
 
 
-def zigzag(
-    cu_seqlens: Any, rank: Any, world_size: Any, kv_order: Any, rank_stride: Any, causal: Any, window: Any
-) -> Built:
+def zigzag(cu_seqlens: Any, rank: Any, world_size: Any, kv_order: Any, rank_stride: Any, causal: Any, window: Any) -> Built:
     cu = host_cu_seqlens(cu_seqlens)
     world_size = host_integer(world_size, "world_size", 1)
     rank = host_integer(rank, "rank", 0, world_size - 1)
-    require(
-        kv_order in KV_ORDERS, "kv_order is known", expected=f"one of {KV_ORDERS}", given=repr(kv_order), error=InvalidPlan
-    )
+    require(kv_order in KV_ORDERS, "kv_order is known", expected=f"one of {KV_ORDERS}", given=repr(kv_order), error=InvalidPlan)
     layout = Zigzag.of(cu, world_size)
     if kv_order == "sequence":
         require(
@@ -227,9 +221,7 @@ def _zigzag_sequence(cu: IntArray, layout: Zigzag, rank: int, causal: Any, windo
     return np.concatenate(tables), int(layout.rank_tokens[rank]), int(cu[-1])
 
 
-def _zigzag_rank(
-    layout: Zigzag, rank: int, rank_starts: IntArray, total_k: int, causal: Any, window: Any
-) -> Built:
+def _zigzag_rank(layout: Zigzag, rank: int, rank_starts: IntArray, total_k: int, causal: Any, window: Any) -> Built:
     """Keys as gathered: one slice per document, owned chunk and visible key chunk; neighbours joined where one band fits."""
     chunks = 2 * layout.world_size
     # Key chunks in buffer order: 0, 2W-1, 1, 2W-2, ...

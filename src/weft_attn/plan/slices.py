@@ -393,7 +393,9 @@ class Plan:
         clash = _find_overlap(rows, self.total_q)
         if clash is not None:
             one, other = (self.slices[i] for i in clash)
-            raise InvalidPlan(f"slices that share a query row have disjoint keys: expected no common key, given {one} and {other}")
+            raise InvalidPlan(
+                f"slices that share a query row have disjoint keys: expected no common key, given {one} and {other}"
+            )
 
     def to_mask(self) -> torch.Tensor:
         """The plan as (total_q, total_k) bool on the CPU: True where the row sees the key. For tests and small plans."""
@@ -401,7 +403,9 @@ class Plan:
         for q_start, q_len, k_start, k_len, lo, hi in self.rows.tolist():
             first, stop = visible_interval(np.arange(q_len), k_len, lo, hi)
             columns = np.arange(k_len)
-            mask[q_start : q_start + q_len, k_start : k_start + k_len] |= (columns >= first[:, None]) & (columns < stop[:, None])
+            mask[q_start : q_start + q_len, k_start : k_start + k_len] |= (columns >= first[:, None]) & (
+                columns < stop[:, None]
+            )
         return torch.from_numpy(mask)
 
     def draw(self, path: str | Path, *, title: str | None = None) -> Path:
