@@ -62,6 +62,7 @@ def test_every_plan_matches_the_oracle(name: str) -> None:
         (192, 128, torch.bfloat16),
         (256, 256, torch.bfloat16),
         (64, 64, torch.float32),
+        (256, 256, torch.float32),
     ],
     ids=str,
 )

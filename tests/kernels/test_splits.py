@@ -56,10 +56,10 @@ def test_sixteen_rows_match_the_oracle(heads: int, kv_heads: int, pack: int, lau
 # Sizes at which some tile of 16 keys has more than 4 to walk, below which nothing is split.
 LONG = {
     "causal": 80,
-    "causal_more_rows": 160,
+    "causal_more_rows": 140,
     "causal_more_keys": 40,
     "packed_unequal": 80,
-    "window_both": 160,
+    "window_both": 130,
     "zigzag_rank_1_of_3": 70,
     "zigzag_padded": 70,
     "shared_prefix": 70,
@@ -67,7 +67,7 @@ LONG = {
     "prefix_lm": 40,
     "unseen": 120,
     "groups": 80,
-    "concat": 150,
+    "concat": 132,
 }
 
 
@@ -152,11 +152,11 @@ def test_partial_results_are_float32(launches: list[KernelCall]) -> None:
 
 
 def test_a_split_forward_is_repeatable_to_the_bit() -> None:
-    case = Case(plan="decode_16", heads=8, kv_heads=2, dtype=torch.bfloat16)
+    case = Case(plan="decode_16", heads=4, kv_heads=2, dtype=torch.bfloat16)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     with override(FEW):
-        runs = [weft.plan_attention(x.q, x.k, x.v, plan, return_lse=True) for _ in range(3)]
+        runs = [weft.plan_attention(x.q, x.k, x.v, plan, return_lse=True) for _ in range(2)]
     for out, lse in runs[1:]:
         assert torch.equal(out, runs[0][0])
         assert torch.equal(lse, runs[0][1])

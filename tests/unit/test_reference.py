@@ -241,9 +241,20 @@ def test_shapes_must_agree() -> None:
 
 def test_zero_by_cancellation_is_held_to_the_roundoff_of_its_terms() -> None:
     oracle = torch.full((4, 8), 1e-18, dtype=torch.float64)
-    assert budget(oracle + 1e-7, oracle, oracle, zero=1e-6).passed
-    assert not budget(oracle + 1e-5, oracle, oracle, zero=1e-6).passed
+    terms = torch.full((4, 1), 2.0)
+    assert budget(oracle + 16 * 2.0**-24, oracle, oracle, terms=terms).passed
+    assert not budget(oracle + 64 * 2.0**-24, oracle, oracle, terms=terms).passed
     assert not budget(oracle + 1e-7, oracle, oracle).passed
+
+
+def test_terms_do_not_excuse_a_row_that_they_are_not_of() -> None:
+    oracle, _ = tensors(64, 4, 32)
+    terms = torch.zeros(64, 4, 1)
+    terms[3] = 1e6
+    for row, passes in ((3, True), (4, False)):
+        wrong = oracle.float()
+        wrong[row] += 0.5
+        assert budget(wrong, oracle, oracle, terms=terms).passed is passes
 
 
 def test_the_message_names_tensor_error_bound_and_worst_element() -> None:

@@ -19,13 +19,14 @@ up where rounding's cancel.
 
 lse is float32 whatever the inputs are, and is held to a float32 baseline. Its error is an absolute one (it is that of a
 logarithm), so a row's size is at least 1. Rows that see nothing have lse -inf: at exactly the same places. NaN never passes.
-dQ and dK that are zero by cancellation (rows that see one key have dS = 0) are held to float32 roundoff of what cancels.
+dQ and dK are sums of dS = P (dP - delta), which cancels, to zero for a row that sees one key: the 16 units of float32 count there
+for the size of what cancels (`Results.terms`), where that is larger than the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -89,7 +90,7 @@ def budget(
     dtype: torch.dtype | None = None,
     truncated: bool = False,
     smallest: float = 0.0,
-    zero: float = 0.0,
+    terms: torch.Tensor | None = None,
 ) -> Budget:
     """Measure `actual` against the oracle and what the baseline allows.
 
@@ -98,7 +99,7 @@ def budget(
         dtype: what the computation rounds to; None: actual's dtype.
         truncated: casts to dtype truncate (see the module's text).
         smallest: the least size of a row.
-        zero: an oracle smaller than this (root mean square) is zero by cancellation: elements may be off by as much.
+        terms: size of the terms whose sum an element is, where they cancel; broadcasts to the tensor.
     """
     baselines = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
     if any(x.shape != oracle64.shape for x in (actual, *baselines)):
@@ -115,31 +116,30 @@ def budget(
         return _failed(f"{int(wrong.sum())} infinite elements where the oracle has others, the first at {_first(wrong)}")
     finite = o.isfinite()
     a, o, *bs = (torch.where(finite, x, 0.0) for x in (a, o, *bs))
+    # A row smaller than the tensor's typical element is measured against that.
     typical = float(o.square().mean().sqrt())
-    if typical < zero:
-        return _measured(a, torch.zeros_like(o), [], torch.ones_like(o), 1.0, 0.0, zero)
-    # A row whose terms cancel is measured against the tensor's typical element.
     rows = o.abs().amax(dim=-1, keepdim=True).clamp(min=max(typical, smallest, _TINY))
     size = max(float(o.norm()), smallest * o.numel() ** 0.5, _TINY)
+    beyond = torch.zeros_like(rows)
+    if terms is not None:
+        beyond = ARITHMETIC_UNITS * FLOAT32_UNIT * (terms.to(o) - rows).clamp(min=0)
+
+    def errors(x: torch.Tensor, ignored: torch.Tensor) -> tuple[float, torch.Tensor]:
+        off = ((x - o).abs() - ignored).clamp(min=0)
+        return float(off.norm()) / size, off / rows
+
+    error, off = errors(a, beyond)
+    base = [errors(b, torch.zeros_like(rows)) for b in bs]
     factor = BASELINE_FACTOR * (2 if truncated else 1)
-    return _measured(a, o, bs, rows, size, factor, rounding_band(dtype or actual.dtype, truncated=truncated))
-
-
-def _measured(
-    a: torch.Tensor,
-    o: torch.Tensor,
-    baselines: list[torch.Tensor],
-    rows: torch.Tensor,
-    size: float,
-    factor: float,
-    band: float,
-) -> Budget:
-    off = (a - o).abs() / rows
-    base = max((float((b - o).norm()) for b in baselines), default=0.0) / size
-    row_base = max((float(((b - o).abs() / rows).max()) for b in baselines), default=0.0)
+    band = rounding_band(dtype or actual.dtype, truncated=truncated)
     worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
-    error = float((a - o).norm()) / size
-    return Budget(error, factor * base + band, float(off.max()), factor * row_base + band, worst)
+    return Budget(
+        error,
+        factor * max(e for e, _ in base) + band,
+        float(off.max()),
+        factor * max(float(o.max()) for _, o in base) + band,
+        worst,
+    )
 
 
 _TINY = 1e-300
@@ -162,10 +162,10 @@ def assert_close_to_oracle(
     dtype: torch.dtype | None = None,
     truncated: bool = False,
     smallest: float = 0.0,
-    zero: float = 0.0,
+    terms: torch.Tensor | None = None,
 ) -> Budget:
     """Raise an AssertionError that names the tensor, the errors, the bounds and the worst element; see `budget`."""
-    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, zero=zero)
+    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, terms=terms)
     if not found.passed:
         raise AssertionError(_describe(name, found, actual, oracle64))
     return found
@@ -190,7 +190,10 @@ Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | N
 
 @dataclass(frozen=True)
 class Results:
-    """What an attention gives for a case's inputs, gradients included; None where there is no such tensor."""
+    """What an attention gives for a case's inputs, gradients included; None where there is no such tensor.
+
+    terms: for dq and dk the size of the terms that cancel in them, (total_q, Hq, 1) and (total_k, Hkv, 1), where computed.
+    """
 
     out: torch.Tensor
     lse: torch.Tensor
@@ -198,9 +201,10 @@ class Results:
     dk: torch.Tensor | None = None
     dv: torch.Tensor | None = None
     dsinks: torch.Tensor | None = None
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def items(self) -> list[tuple[str, torch.Tensor]]:
-        found = ((f.name, getattr(self, f.name)) for f in fields(self))
+        found = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "terms")
         return [(name, tensor) for name, tensor in found if tensor is not None]
 
 
@@ -253,16 +257,6 @@ def baselines_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = Tr
     return [replace(plain, lse=lse), blockwise(case, plan, inputs, case.dtype, gradients=gradients)]
 
 
-def cancelled_terms(case: Case, inputs: Inputs) -> dict[str, float]:
-    """float32 roundoff of the terms of dP - delta, carried into dQ and dK: all that is left where these are zero."""
-    if 0 in (inputs.q.numel(), inputs.k.numel()):
-        return {}
-    q, k, v, dout = (x.double().nan_to_num() for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
-    scale = case.head_dim**-0.5 if case.softmax_scale is None else case.softmax_scale
-    dscores = ARITHMETIC_UNITS * FLOAT32_UNIT * scale * float(dout.norm(dim=-1).max() * v.norm(dim=-1).max())
-    return {"dq": dscores * float(k.abs().max()), "dk": dscores * float(q.abs().max())}
-
-
 def assert_matches_oracle(
     actual: Results,
     case: Case,
@@ -276,7 +270,7 @@ def assert_matches_oracle(
     gradients = actual.dq is not None
     oracle = oracle or oracle_of(case, plan, inputs, gradients=gradients)
     baselines = baselines or baselines_of(case, plan, inputs, gradients=gradients)
-    zeros = cancelled_terms(case, inputs)
+    terms = {name: size for b in baselines for name, size in b.terms.items()}
     budgets = {}
     for name, tensor in actual.items():
         exact, plain = getattr(oracle, name), [getattr(b, name) for b in baselines]
@@ -293,7 +287,7 @@ def assert_matches_oracle(
                 plain,
                 dtype=case.dtype,
                 truncated=truncates(case.dtype, inputs.q.device),
-                zero=zeros.get(name, 0.0),
+                terms=terms.get(name),
             )
     return budgets
 
@@ -339,6 +333,8 @@ def blockwise(
     out = torch.zeros(plan.total_q, case.heads, case.dim_v, dtype=stats, device=q.device)
     lse = torch.full((case.heads, plan.total_q), float("-inf"), dtype=stats, device=q.device)
     dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+    # Roots of the sums of P**2 over a row's keys and over a key's rows: random errors of P's factors add up so.
+    row_weights, key_weights = out.new_zeros(q.shape[:2]), out.new_zeros(k.shape[:2])
     sinks = None if inputs.sinks is None else inputs.sinks.to(stats)
     dsinks = None if sinks is None else torch.zeros_like(sinks)
     for first in range(0, plan.total_q, rows):
@@ -372,8 +368,18 @@ def blockwise(
             dq[block, head] = dscores @ k_seen * scale
             dk[:, kv].index_add_(0, seen, dscores.T @ q[block, head] * scale)
             dv[:, kv].index_add_(0, seen, rounded(probs).T @ dout[block, head])
+            row_weights[block, head] = probs.square().sum(dim=1)
+            key_weights[:, kv].index_add_(0, seen, probs.square().sum(dim=0))
             if sinks is not None and dsinks is not None:
                 dsinks[head] -= (torch.exp(sinks[head] - row_lse) * delta).masked_fill(empty, 0.0).sum()
     if not gradients:
         return Results(out, lse)
-    return Results(out, lse, rounded(dq), rounded(dk), rounded(dv), dsinks)
+    terms = {}
+    if q.numel() and k.numel():
+        # |dP| of a row: a sum of Dv products of random sign.
+        dprobs_size = dout.norm(dim=-1).max() * v.nan_to_num().norm(dim=-1).max() * case.dim_v**-0.5
+        terms = {
+            "dq": (scale * dprobs_size * k.nan_to_num().abs().max() * row_weights.sqrt())[..., None],
+            "dk": (scale * dprobs_size * q.abs().max() * key_weights.sqrt())[..., None],
+        }
+    return Results(out, lse, rounded(dq), rounded(dk), rounded(dv), dsinks, terms)
