@@ -128,7 +128,10 @@ def test_the_copy_engine_is_refused_on_a_device_without_one(kernel: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in ("causal", "packed", "zigzag_padded", "window_both", "causal_more_keys", "shared_prefix")]
+    [
+        (name, torch.float32)
+        for name in ("causal", "packed", "zigzag_padded", "window_both", "causal_more_keys", "shared_prefix")
+    ]
     + [("packed", torch.float16)],
     ids=str,
 )

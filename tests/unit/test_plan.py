@@ -118,6 +118,14 @@ def test_a_bound_farther_than_any_key_is_no_bound(far: int) -> None:
     assert Plan([Slice(0, 3, 0, 4, hi=-far)], 3, 4).pairs == 0
 
 
+def test_pairs_of_a_billion_tokens_are_counted_exactly() -> None:
+    n = 2**30
+    assert Plan.dense(1, n, n).pairs == n * n
+    assert Plan.dense(1, n, n, causal=True).pairs == n * (n + 1) // 2
+    assert Plan.dense(1, n, n, causal=True, window=(2**20, None)).pairs == (2**20 + 1) * n - 2**20 * (2**20 + 1) // 2
+    assert Plan([Slice(0, n, 0, n, hi=-1)], n, n).pairs == n * (n - 1) // 2
+
+
 def test_a_plan_equals_another_with_the_same_slices_and_sizes() -> None:
     one, other = (Plan([Slice(0, 3, 0, 4, hi=0)], 5, 6) for _ in range(2))
     assert one == other

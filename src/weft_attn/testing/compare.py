@@ -232,8 +232,8 @@ def evaluate(attention: Attention, inputs: Inputs, *, dtype: torch.dtype | None 
     if differentiable:
         tensors, cotangents = zip(*differentiable, strict=True)
         grads = list(torch.autograd.grad(tensors, leaves, cotangents, allow_unused=True))
-    found = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
-    return Results(out.detach(), lse.detach(), *found)
+    dq, dk, dv, *dsinks = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))
+    return Results(out.detach(), lse.detach(), dq, dk, dv, dsinks[0] if dsinks else None)
 
 
 def oracle_of(case: Case, plan: Plan, inputs: Inputs, *, gradients: bool = True) -> Results:
@@ -380,6 +380,6 @@ def blockwise(
         dprobs_size = dout.norm(dim=-1).max() * v.nan_to_num().norm(dim=-1).max() * case.dim_v**-0.5
         terms = {
             "dq": (scale * dprobs_size * k.nan_to_num().abs().max() * row_weights.sqrt())[..., None],
-            "dk": (scale * dprobs_size * q.abs().max() * key_weights.sqrt())[..., None],
+            "dk": (scale * dprobs_size * q.nan_to_num().abs().max() * key_weights.sqrt())[..., None],
         }
     return Results(out, lse, rounded(dq), rounded(dk), rounded(dv), dsinks, terms)
