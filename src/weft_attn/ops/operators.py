@@ -108,9 +108,9 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     plan = _plan_of(slices, batch, causal, window_left, window_right, q.shape[0], k.shape[0])
     dkv_dtype = dkv_dtype or k.dtype
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if needs_dq else None
-    dk = torch.empty_like(k, dtype=dkv_dtype, memory_format=torch.contiguous_format) if needs_dkv else None
-    dv = torch.empty_like(v, dtype=dkv_dtype, memory_format=torch.contiguous_format) if needs_dkv else None
+    dq = q.new_empty(q.shape) if needs_dq else None
+    dk = k.new_empty(k.shape, dtype=dkv_dtype) if needs_dkv else None
+    dv = v.new_empty(v.shape, dtype=dkv_dtype) if needs_dkv else None
     dsinks = attention_backward_into(
         torch.zeros_like(out) if dout is None else dout,
         dlse, q, k, v, sinks, out, lse, plan, softmax_scale, softcap, deterministic, dq, dk, dv,
