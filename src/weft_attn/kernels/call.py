@@ -23,6 +23,7 @@ class KernelCall:
         arguments: run-time arguments by name: tensors, descriptors, numbers, None.
         constants: constexpr arguments by name.
         num_warps, num_stages: launch parameters.
+        max_registers: registers a thread is compiled for; None: the compiler's choice.
     """
 
     kernel: Any
@@ -31,11 +32,13 @@ class KernelCall:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
         """Compile options. Multiply-adds are fused whatever the Triton release's default."""
-        return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        options: dict[str, Any] = dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
+        return options if self.max_registers is None else options | dict(maxnreg=self.max_registers)
 
     def launch(self) -> Any:
         """Run on the device of the arguments; an empty grid is no launch.
@@ -62,9 +65,7 @@ class BoundCall:
         names = {id(tensor): name for name, tensor in tensors.items() if tensor is not None}
         self._tensors = [(at, names[id(x)]) for at, x in enumerate(self._values) if id(x) in names]
         self._descriptors = [
-            (at, names[id(x.base)], x)
-            for at, x in enumerate(self._values)
-            if isinstance(x, TensorDescriptor) and id(x.base) in names
+            (at, names[id(x.base)], x) for at, x in enumerate(self._values) if is_descriptor(x) and id(x.base) in names
         ]
         # Nothing of the first call is kept alive.
         for at, _ in self._tensors:
@@ -82,6 +83,11 @@ class BoundCall:
             descriptor.base = tensors[name]
             arguments[at] = descriptor
         self._launch(*arguments)
+
+
+def is_descriptor(x: object) -> bool:
+    """Whether an argument is a tensor descriptor: Triton's, or Gluon's, which is another class."""
+    return hasattr(x, "block_shape") and hasattr(x, "base")
 
 
 def tensor_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:

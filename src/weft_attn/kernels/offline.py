@@ -13,9 +13,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.call import KernelCall, is_descriptor
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -62,7 +62,8 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
         signature[name] = _type_of(value)
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if call.kernel.is_gluon() else ASTSource
+    source = language(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=gpu_target(arch), options=call.options)
     if arch.startswith("sm_"):
         return _nvidia_report(compiled)
@@ -72,9 +73,11 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
 def _type_of(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
-    if isinstance(value, TensorDescriptor):
+    if is_descriptor(value):
         element = POINTERS[value.base.dtype].removeprefix("*")
-        return f"tensordesc<{element}{list(value.block_shape)}>"
+        # Gluon's descriptors say how a box lies in shared memory.
+        layout = f",{value.layout!r}" if hasattr(value, "layout") else ""
+        return f"tensordesc<{element}{list(value.block_shape)}{layout}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

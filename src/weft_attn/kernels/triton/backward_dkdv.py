@@ -147,7 +147,7 @@ def _accumulate_stream(
     return dk_acc, dv_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=layout.OF_THE_BATCH)
 def attention_backward_dkdv_kernel(
     q_ptr,
     k_ptr,

@@ -95,7 +95,7 @@ def _accumulate_stream(
     return dq_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=layout.OF_THE_BATCH)
 def attention_backward_dq_kernel(
     q_ptr,
     k_ptr,

@@ -20,7 +20,7 @@ from weft_attn.kernels.triton.forward import padded_head_dim
 from weft_attn.kernels.triton.tiles import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=layout.OF_THE_BATCH)
 def attention_combine_kernel(
     partial_out_ptr,
     partial_lse_ptr,

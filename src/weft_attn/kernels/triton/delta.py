@@ -22,7 +22,7 @@ from weft_attn.kernels.triton.forward import padded_head_dim
 from weft_attn.kernels.triton.tiles import load_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=layout.OF_THE_BATCH)
 def attention_delta_kernel(
     out_ptr,
     dout_ptr,

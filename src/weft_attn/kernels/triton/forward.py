@@ -102,7 +102,7 @@ def _attend_stream(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=layout.OF_THE_BATCH)
 def attention_forward_kernel(
     q_ptr,
     k_ptr,

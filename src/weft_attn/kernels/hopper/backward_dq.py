@@ -1,0 +1,341 @@
+"""Backward on Hopper, dQ: a producer warp group feeds two consumers that own 64 query rows of one head each.
+
+    P_ij = exp2(s_ij - lse_log2_i),   dS_ij = P_ij (dout_i.v_j - delta_i),   dQ_i = scale * sum_j dS_ij k_j
+
+q, dout, dq (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128; lse_log2, delta (Hq * Tq) float32 from triton/delta.py. Items of 128
+rows, edge tiles first. q and dout of a row stay in registers. Deterministic. Rows that see no key get zeros.
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.channel import Ring, make_ring
+from weft_attn.kernels.hopper.compat import aggregate
+from weft_attn.kernels.hopper.schedule import Schedule, make_schedule
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, as_operand, clean_half, head_box, product_layout, write_rows
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.forward import score_scales
+from weft_attn.kernels.triton.tiles import cap_scores
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+
+
+@aggregate
+class Problem:
+    """What every warp role is told: tensors, tables, scalars and the tile sizes."""
+
+    q_desc: tma.tensor_descriptor
+    dout_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    lse_log2_ptr: gl.tensor
+    delta_ptr: gl.tensor
+    dq_ptr: gl.tensor
+    items_ptr: gl.tensor
+    runs_ptr: gl.tensor
+    stride_qh: gl.tensor
+    stride_doh: gl.tensor
+    stride_kh: gl.tensor
+    stride_vh: gl.tensor
+    stride_dqt: gl.tensor
+    stride_dqh: gl.tensor
+    stride_stats_h: gl.tensor
+    softmax_scale: gl.tensor
+    inner_scale: gl.tensor
+    outer_scale: gl.tensor
+    GROUP: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    BLOCK_K: gl.constexpr
+    HAS_SOFTCAP: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_desc, dout_desc, k_desc, v_desc, lse_log2_ptr, delta_ptr, dq_ptr, items_ptr, runs_ptr,
+        stride_qh, stride_doh, stride_kh, stride_vh, stride_dqt, stride_dqh, stride_stats_h,
+        softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
+    ):  # fmt: skip
+        self.q_desc, self.dout_desc, self.k_desc, self.v_desc = q_desc, dout_desc, k_desc, v_desc
+        self.lse_log2_ptr, self.delta_ptr, self.dq_ptr = lse_log2_ptr, delta_ptr, dq_ptr
+        self.items_ptr, self.runs_ptr = items_ptr, runs_ptr
+        self.stride_qh, self.stride_doh, self.stride_kh, self.stride_vh = stride_qh, stride_doh, stride_kh, stride_vh
+        self.stride_dqt, self.stride_dqh, self.stride_stats_h = stride_dqt, stride_dqh, stride_stats_h
+        self.softmax_scale, self.inner_scale, self.outer_scale = softmax_scale, inner_scale, outer_scale
+        self.GROUP = gl.constexpr(GROUP)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
+
+
+@aggregate
+class Memory:
+    """Shared memory of a program."""
+
+    schedule: Schedule
+    q: Ring
+    dout: Ring
+    k: Ring
+    v: Ring
+    cleaned: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, schedule, q, dout, k, v, cleaned):
+        self.schedule, self.q, self.dout, self.k, self.v, self.cleaned = schedule, q, dout, k, v, cleaned
+
+
+@gluon.jit
+def _load_stream(p, memory, step, kv_head, run, n_tiles):
+    """Ask for the key and value tiles of one stream."""
+    col, left = first_tile(p.runs_ptr, run)
+    for _ in range(n_tiles):
+        memory.k.load(step, p.k_desc, col, kv_head * p.stride_kh)
+        memory.v.load(step, p.v_desc, col, kv_head * p.stride_vh)
+        step += 1
+        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+    return step
+
+
+@gluon.jit
+def _produce(p, memory):
+    schedule = memory.schedule
+    step = 0
+    turn = 0
+    number = gl.program_id(0)
+    while schedule.exists(number):
+        item, head = schedule.item_and_head(number)
+        number = schedule.take(turn)
+        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
+        row = gl.load(item_ptr + layout.ITEM_ROW)
+        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+        interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        for consumer in gl.static_range(CONSUMERS):
+            memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
+            memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
+        kv_head = head // p.GROUP
+        step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
+        turn += 1
+    schedule.finish()
+
+
+@gluon.jit
+def _accumulate_tile(
+    p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, first, stop, col, IS_MASKED: gl.constexpr
+):
+    """One key tile into dq_acc, (64 rows, D) float32."""
+    scores_layout: gl.constexpr = product_layout(p.BLOCK_K)
+    k_tile = memory.k.wait(step)
+    # (64 rows, BLOCK_K keys)
+    nothing = gl.zeros([ROWS, p.BLOCK_K], gl.float32, scores_layout)
+    scores = warpgroup_mma(q_operand, k_tile.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dprobs = warpgroup_mma(dout_operand, memory.v.wait(step).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[scores])
+    if p.HAS_SOFTCAP:
+        scores = cap_scores(scores, p.inner_scale)
+    probs = gl.exp2(scores * p.outer_scale - lse_log2[:, None])
+    dprobs = warpgroup_mma_wait(0, deps=[dprobs])
+    memory.v.release(step)
+    dscores = probs * (dprobs - delta[:, None])
+    if p.HAS_SOFTCAP:
+        dscores = dscores * (1.0 - scores * scores)
+    if IS_MASKED:
+        cols = col + gl.arange(0, p.BLOCK_K, gl.SliceLayout(0, scores_layout))
+        dscores = gl.where((cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None]), dscores, 0.0)
+    operand = as_operand(dscores, p.k_desc.dtype, product_layout(p.HEAD_DIM))
+    dq_acc = warpgroup_mma(operand, k_tile, dq_acc, is_async=True)
+    dq_acc = warpgroup_mma_wait(0, deps=[dq_acc])
+    memory.k.release(step)
+    return dq_acc
+
+
+@gluon.jit
+def _consume(p, memory, CONSUMER: gl.constexpr):
+    schedule = memory.schedule
+    step = 0
+    turn = 0
+    cleaned = 0
+    acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
+    scores_layout: gl.constexpr = product_layout(p.BLOCK_K)
+    operand_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+    number = gl.program_id(0)
+    while schedule.exists(number):
+        item, head = schedule.item_and_head(number)
+        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
+        first_row = gl.load(item_ptr + layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = gl.load(item_ptr + layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
+        is_row = rows < first_row + n_rows
+        stats = head.to(gl.int64) * p.stride_stats_h + rows
+        lse_log2 = gl.load(p.lse_log2_ptr + stats, mask=is_row, other=float("inf"))
+        delta = gl.load(p.delta_ptr + stats, mask=is_row, other=0.0)
+        dq_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
+        q_step = turn * CONSUMERS + CONSUMER
+        q_operand = memory.q.wait(q_step).load(operand_layout)
+        memory.q.release(q_step)
+        dout_operand = memory.dout.wait(q_step).load(operand_layout)
+        memory.dout.release(q_step)
+
+        col, left = first_tile(p.runs_ptr, run)
+        for _ in range(edge_tiles):
+            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+            if col_stop - col < p.BLOCK_K:
+                # A hidden NaN of v reaches only products that are masked.
+                clean_half(memory.k.wait(step), col_stop - col, CONSUMER)
+                agree(memory.cleaned, cleaned)
+                cleaned += 1
+            dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, first, stop, col, True)
+            step += 1
+            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+        for _ in range(interior_tiles):
+            dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, rows, rows, 0, False)
+            step += 1
+
+        dq_ptr = p.dq_ptr + head.to(gl.int64) * p.stride_dqh
+        write_rows(dq_ptr, p.stride_dqt, dq_acc * p.softmax_scale, first_row, n_rows, acc_layout)
+        number = schedule.hear(turn)
+        turn += 1
+
+
+@gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
+def hopper_backward_dq_kernel(
+    q_desc,
+    dout_desc,
+    k_desc,
+    v_desc,
+    lse_log2_ptr,
+    delta_ptr,
+    dq_ptr,
+    items_ptr,
+    runs_ptr,
+    stride_qh,
+    stride_doh,
+    stride_kh,
+    stride_vh,
+    stride_dqt,
+    stride_dqh,
+    stride_stats_h,
+    n_items,
+    n_heads,
+    heads_per_wave,
+    counter_ptr,
+    softmax_scale,
+    inner_scale,
+    outer_scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LAYOUT_DIGEST: gl.constexpr,
+):
+    # An integer that is 1 comes as a constant.
+    p = Problem(
+        q_desc, dout_desc, k_desc, v_desc, lse_log2_ptr, delta_ptr, dq_ptr, items_ptr, runs_ptr,
+        gl.to_tensor(stride_qh), gl.to_tensor(stride_doh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh),
+        gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_stats_h),
+        softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
+    )  # fmt: skip
+    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
+    # A slot of q and dout for each consumer, which only that consumer releases.
+    q = make_ring(q_desc, CONSUMERS, 1)
+    dout = make_ring(dout_desc, CONSUMERS, 1)
+    k = make_ring(k_desc, STAGES, CONSUMERS)
+    v = make_ring(v_desc, STAGES, CONSUMERS)
+    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleaned, count=CONSUMERS)
+    fence_async_shared()
+    memory = Memory(schedule, q, dout, k, v, cleaned)
+    gl.warp_specialize(
+        [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+    )
+
+
+def hopper_backward_dq_call(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
+    dq: torch.Tensor,
+    items: torch.Tensor,
+    runs: torch.Tensor,
+    n_items: int,
+    heads_per_wave: int,
+    counter: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+    multiprocessors: int,
+    config: Any,
+) -> KernelCall:
+    """The dQ launch.
+
+    Args:
+        q, k, v, dout, lse_log2, delta, dq: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
+        items, runs: tables of plan/stream.py, cut with rows_per_tile = 128 and block_cols = block_k.
+        heads_per_wave: heads whose items run together.
+        counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
+        multiprocessors: programs of the persistent grid at most.
+        config: a launch `HopperBackwardDqConfig`.
+    """
+    inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    heads = q.shape[1]
+    return KernelCall(
+        kernel=hopper_backward_dq_kernel,
+        grid=(min(multiprocessors, n_items * heads),),
+        arguments=dict(
+            q_desc=head_box(q, ROWS.value),
+            dout_desc=head_box(dout, ROWS.value),
+            k_desc=head_box(k, config.block_k),
+            v_desc=head_box(v, config.block_k),
+            lse_log2_ptr=lse_log2,
+            delta_ptr=delta,
+            dq_ptr=dq,
+            items_ptr=items,
+            runs_ptr=runs,
+            stride_qh=q.stride(1),
+            stride_doh=dout.stride(1),
+            stride_kh=k.stride(1),
+            stride_vh=v.stride(1),
+            stride_dqt=dq.stride(0),
+            stride_dqh=dq.stride(1),
+            stride_stats_h=q.shape[0],
+            n_items=n_items,
+            n_heads=heads,
+            heads_per_wave=heads_per_wave,
+            counter_ptr=counter,
+            softmax_scale=softmax_scale,
+            inner_scale=inner_scale,
+            outer_scale=outer_scale,
+        ),
+        constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
+            GROUP=heads // k.shape[1],
+            HEAD_DIM=q.shape[2],
+            BLOCK_K=config.block_k,
+            STAGES=config.num_stages,
+            HAS_SOFTCAP=softcap > 0,
+            CONSUMER_REGISTERS=config.consumer_registers,
+        ),
+        num_warps=config.num_warps,
+        num_stages=1,
+        max_registers=config.max_registers,
+    )

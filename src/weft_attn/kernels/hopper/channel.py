@@ -1,0 +1,104 @@
+"""Tiles in shared memory that a producer fills and consumers empty in turn: slots, their barriers, and whose turn it is.
+
+Both sides count the tiles from the kernel's start; tile `step` lies in slot step % STAGES, and each barrier of the slot has completed
+step // STAGES phases before.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from weft_attn.kernels.hopper.compat import aggregate, load_box
+
+
+@aggregate
+class Slots:
+    """`STAGES` slots in turn.
+
+    Attributes:
+        full: (STAGES, 1) barriers that complete when the copy engine has filled a slot.
+        empty: (STAGES, 1) barriers that complete when every consumer has released a slot.
+    """
+
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, full, empty, STAGES):
+        self.full = full
+        self.empty = empty
+        self.STAGES = gl.constexpr(STAGES)
+
+    @gluon.jit
+    def acquire(self, step, N_BYTES: gl.constexpr):
+        """Producer: wait until the slot is free, and announce how many bytes will come; the slot, and the barrier that counts them."""
+        slot = step % self.STAGES
+        mbarrier.wait(self.empty.index(slot), ((step // self.STAGES) & 1) ^ 1)
+        full = self.full.index(slot)
+        mbarrier.expect(full, N_BYTES)
+        return slot, full
+
+    @gluon.jit
+    def wait(self, step):
+        """Consumer: the slot, once it is filled."""
+        slot = step % self.STAGES
+        mbarrier.wait(self.full.index(slot), (step // self.STAGES) & 1)
+        return slot
+
+    @gluon.jit
+    def release(self, step):
+        """Consumer: done with the slot."""
+        mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
+
+
+@aggregate
+class Ring:
+    """Slots that hold one tile each: tiles (STAGES, rows, columns)."""
+
+    tiles: gl.shared_memory_descriptor
+    slots: Slots
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, slots):
+        self.tiles = tiles
+        self.slots = slots
+
+    @gluon.jit
+    def load(self, step, desc, row, column):
+        """Producer: ask for the box at (row, column), once its slot is free."""
+        slot, full = self.slots.acquire(step, desc.block_type.nbytes)
+        load_box(desc, [row, column], full, self.tiles.index(slot))
+
+    @gluon.jit
+    def wait(self, step):
+        """Consumer: the tile, once it is there."""
+        return self.tiles.index(self.slots.wait(step))
+
+    @gluon.jit
+    def release(self, step):
+        """Consumer: done with the tile."""
+        self.slots.release(step)
+
+
+@gluon.jit
+def make_slots(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Slots that `CONSUMERS` partitions read."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(empty.index(slot), count=CONSUMERS)
+    return Slots(full, empty, STAGES)
+
+
+@gluon.jit
+def make_tiles(desc, STAGES: gl.constexpr):
+    """Room for `STAGES` of `desc`'s boxes."""
+    return gl.allocate_shared_memory(desc.dtype, [STAGES] + desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def make_ring(desc, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """A ring of `desc`'s boxes that `CONSUMERS` partitions read."""
+    return Ring(make_tiles(desc, STAGES), make_slots(STAGES, CONSUMERS))

@@ -1,0 +1,446 @@
+"""Forward on Hopper: a producer warp group feeds two consumer warp groups that attend 64 query rows each.
+
+    out_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log(sum_j exp(s_ij) + exp(sink))
+
+q (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64, 128 or 256; out (Tq, Hq, D) like q; lse (Hq, Tq) float32, natural log.
+The grid is persistent (schedule.py): an item (plan/stream.py, 128 rows) of one head at a time, longest first.
+An item's edge tiles come first, so that the hot loop over interior tiles has no mask. Deterministic. Rows that see no key: out 0,
+lse -inf (the sink, where there is one).
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.channel import Ring, make_ring
+from weft_attn.kernels.hopper.compat import aggregate, store_box
+from weft_attn.kernels.hopper.schedule import Schedule, make_schedule
+from weft_attn.kernels.hopper.tiles import BY_ROWS, CONSUMERS, ROWS, agree, as_operand, clean_half, head_box, product_layout
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.forward import score_scales
+from weft_attn.kernels.triton.tiles import cap_scores
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+
+
+@aggregate
+class Problem:
+    """What every warp role is told: tensors, tables, scalars and the tile sizes."""
+
+    q_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    out_desc: tma.tensor_descriptor
+    out_ptr: gl.tensor
+    lse_ptr: gl.tensor
+    sinks_ptr: gl.tensor
+    items_ptr: gl.tensor
+    runs_ptr: gl.tensor
+    stride_qh: gl.tensor
+    stride_kh: gl.tensor
+    stride_vh: gl.tensor
+    stride_ot: gl.tensor
+    stride_oh: gl.tensor
+    stride_lse_h: gl.tensor
+    inner_scale: gl.tensor
+    outer_scale: gl.tensor
+    GROUP: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    BLOCK_K: gl.constexpr
+    Q_IN_REGISTERS: gl.constexpr
+    HAS_SOFTCAP: gl.constexpr
+    HAS_SINKS: gl.constexpr
+    scores_layout: gl.constexpr
+    acc_layout: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks_ptr, items_ptr, runs_ptr,
+        stride_qh, stride_kh, stride_vh, stride_ot, stride_oh, stride_lse_h,
+        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
+    ):  # fmt: skip
+        self.q_desc, self.k_desc, self.v_desc, self.out_desc = q_desc, k_desc, v_desc, out_desc
+        self.out_ptr, self.lse_ptr, self.sinks_ptr, self.items_ptr, self.runs_ptr = (
+            out_ptr,
+            lse_ptr,
+            sinks_ptr,
+            items_ptr,
+            runs_ptr,
+        )
+        self.stride_qh, self.stride_kh, self.stride_vh = stride_qh, stride_kh, stride_vh
+        self.stride_ot, self.stride_oh, self.stride_lse_h = stride_ot, stride_oh, stride_lse_h
+        self.inner_scale, self.outer_scale = inner_scale, outer_scale
+        self.GROUP = gl.constexpr(GROUP)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.Q_IN_REGISTERS = gl.constexpr(Q_IN_REGISTERS)
+        self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
+        self.HAS_SINKS = gl.constexpr(HAS_SINKS)
+        self.scores_layout = gl.constexpr(product_layout(BLOCK_K))
+        self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
+
+
+@aggregate
+class Memory:
+    """Shared memory of a program."""
+
+    schedule: Schedule
+    q: Ring
+    k: Ring
+    v: Ring
+    out: gl.shared_memory_descriptor
+    v_cleaned: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, schedule, q, k, v, out, v_cleaned):
+        self.schedule, self.q, self.k, self.v, self.out, self.v_cleaned = schedule, q, k, v, out, v_cleaned
+
+
+# ---- producer -------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _load_stream(p, memory, step, kv_head, run, n_tiles):
+    """Ask for the key and value tiles of one stream."""
+    k_column = kv_head * p.stride_kh
+    v_column = kv_head * p.stride_vh
+    col, left = first_tile(p.runs_ptr, run)
+    for _ in range(n_tiles):
+        memory.k.load(step, p.k_desc, col, k_column)
+        memory.v.load(step, p.v_desc, col, v_column)
+        step += 1
+        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+    return step
+
+
+@gluon.jit
+def _produce(p, memory):
+    schedule = memory.schedule
+    step = 0
+    turn = 0
+    number = gl.program_id(0)
+    while schedule.exists(number):
+        item, head = schedule.item_and_head(number)
+        number = schedule.take(turn)
+        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
+        row = gl.load(item_ptr + layout.ITEM_ROW)
+        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+        interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        for consumer in gl.static_range(CONSUMERS):
+            memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
+        kv_head = head // p.GROUP
+        step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
+        turn += 1
+    schedule.finish()
+
+
+# ---- consumers ------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.constexpr):
+    """Weights of a tile of raw products, the running maximum and sum with it, and what rescales what came before."""
+    if p.HAS_SOFTCAP:
+        scores = cap_scores(scores, p.inner_scale)
+    if IS_MASKED:
+        cols = col + gl.arange(0, p.BLOCK_K, gl.SliceLayout(0, p.scores_layout))
+        seen = (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
+        scores = gl.where(seen, scores, float("-inf"))
+    tile_max = gl.max(scores, 1)
+    if IS_MASKED:
+        # A row of products that are all hidden; its scale may be zero.
+        tile_max = gl.where(tile_max == float("-inf"), float("-inf"), tile_max * p.outer_scale)
+        new_max = gl.maximum(row_max, tile_max)
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = gl.where(seen, gl.exp2(scores * p.outer_scale - shift[:, None]), 0.0)
+    else:
+        new_max = gl.maximum(row_max, tile_max * p.outer_scale)
+        shift = new_max
+        weights = gl.exp2(scores * p.outer_scale - shift[:, None])
+    rescale = gl.exp2(row_max - shift)
+    row_sum = row_sum * rescale + gl.sum(weights, 1)
+    return weights, new_max, row_sum, rescale
+
+
+@gluon.jit
+def _clean_values(memory, step, n_valid, cleaned, CONSUMER: gl.constexpr):
+    """Zero what a value tile holds beyond its slice."""
+    clean_half(memory.v.wait(step), n_valid, CONSUMER)
+    agree(memory.v_cleaned, cleaned)
+
+
+@gluon.jit
+def _attend_stream(
+    p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left, n_tiles, cleaned,
+    IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """The tiles of one stream after the item's first: each product with K runs while the last one's with V does."""
+    for _ in range(n_tiles):
+        no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
+        scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        acc = warpgroup_mma(weights, memory.v.wait(step - 1), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        memory.k.release(step)
+        first, stop = rows, rows
+        if IS_MASKED:
+            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+        new_weights, row_max, row_sum, rescale = _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        memory.v.release(step - 1)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))[:, None]
+        weights = as_operand(new_weights, p.v_desc.dtype, p.acc_layout)
+        if IS_MASKED:
+            if col_stop - col < p.BLOCK_K:
+                _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
+                cleaned += 1
+            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+        step += 1
+    return step, weights, acc, row_max, row_sum, cleaned
+
+
+@gluon.jit
+def _consume(p, memory, CONSUMER: gl.constexpr):
+    schedule = memory.schedule
+    step = 0
+    cleaned = 0
+    row_layout: gl.constexpr = gl.SliceLayout(1, p.scores_layout)
+    turn = 0
+    number = gl.program_id(0)
+    while schedule.exists(number):
+        item, head = schedule.item_and_head(number)
+        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
+        first_row = gl.load(item_ptr + layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = gl.load(item_ptr + layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        rows = first_row + gl.arange(0, ROWS, row_layout)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
+        row_sum = gl.zeros([ROWS], gl.float32, row_layout)
+        acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
+        q_step = turn * CONSUMERS + CONSUMER
+        q_tile = memory.q.wait(q_step)
+        if p.Q_IN_REGISTERS:
+            q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2))
+            memory.q.release(q_step)
+        else:
+            q_operand = q_tile
+        if edge_tiles + interior_tiles > 0:
+            # The item's first tile, with nothing before it. In an interior tile every row sees every column.
+            no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
+            scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+            memory.k.release(step)
+            is_edge = edge_tiles > 0
+            col, left = first_tile(p.runs_ptr, edge_run)
+            first, stop, col_stop = interval_in_run(p.runs_ptr + edge_run * layout.RUN_WIDTH, rows)
+            first = gl.where(is_edge, first, col)
+            stop = gl.where(is_edge, stop, col + p.BLOCK_K)
+            weights, row_max, row_sum, _ = _softmax(p, scores, row_max, row_sum, first, stop, col, True)
+            weights = as_operand(weights, p.v_desc.dtype, p.acc_layout)
+            if is_edge & (col_stop - col < p.BLOCK_K):
+                _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
+                cleaned += 1
+            step += 1
+
+            run, col, left = next_tile(p.runs_ptr, edge_run, col, left, p.BLOCK_K)
+            step, weights, acc, row_max, row_sum, cleaned = _attend_stream(
+                p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left,
+                gl.maximum(edge_tiles - 1, 0), cleaned, True, CONSUMER,
+            )  # fmt: skip
+            step, weights, acc, row_max, row_sum, cleaned = _attend_stream(
+                p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left,
+                gl.where(is_edge, interior_tiles, interior_tiles - 1), cleaned, False, CONSUMER,
+            )  # fmt: skip
+            acc = warpgroup_mma(weights, memory.v.wait(step - 1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            memory.v.release(step - 1)
+        _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER)
+        if not p.Q_IN_REGISTERS:
+            # The result left through q's memory.
+            tma.store_wait(pendings=0)
+            memory.q.release(q_step)
+        number = schedule.hear(turn)
+        turn += 1
+    tma.store_wait(pendings=0)
+
+
+@gluon.jit
+def _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER: gl.constexpr):
+    """Normalise and write 64 rows of out and lse: through the copy engine, or by rows where the tile is ragged."""
+    if p.HAS_SINKS:
+        sink_log2 = gl.load(p.sinks_ptr + head) * layout.LOG2_E
+        new_max = gl.maximum(row_max, sink_log2)
+        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = gl.exp2(row_max - shift)
+        row_sum = row_sum * rescale + gl.exp2(sink_log2 - shift)
+        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))[:, None]
+        row_max = new_max
+    sees_nothing = row_sum == 0
+    share = 1.0 / gl.where(sees_nothing, 1.0, row_sum)
+    lse = gl.where(sees_nothing, float("-inf"), (row_max + gl.log2(row_sum)) * layout.LN_2)
+    is_row = rows < first_row + n_rows
+    gl.store(p.lse_ptr + head.to(gl.int64) * p.stride_lse_h + rows, lse, mask=is_row)
+
+    out_tile = (acc * gl.convert_layout(share, gl.SliceLayout(1, p.acc_layout))[:, None]).to(p.out_desc.dtype)
+    out_smem = memory.out.index(CONSUMER)
+    # The last item's tile must have left before this one comes.
+    tma.store_wait(pendings=0)
+    out_smem.store(out_tile)
+    if n_rows >= ROWS:
+        fence_async_shared()
+        store_box(p.out_desc, [first_row, head * p.stride_oh], out_smem)
+    else:
+        # A full box would write over the next document's rows.
+        out_rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, BY_ROWS))
+        dims = gl.arange(0, p.HEAD_DIM, gl.SliceLayout(0, BY_ROWS))
+        offsets = out_rows.to(gl.int64)[:, None] * p.stride_ot + dims[None, :]
+        ptrs = p.out_ptr + head.to(gl.int64) * p.stride_oh + offsets
+        gl.store(ptrs, out_smem.load(BY_ROWS), mask=(out_rows < first_row + n_rows)[:, None])
+
+
+@gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
+def hopper_forward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    out_desc,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    items_ptr,
+    runs_ptr,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    stride_lse_h,
+    n_items,
+    n_heads,
+    heads_per_wave,
+    counter_ptr,
+    inner_scale,
+    outer_scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    KV_STAGES: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LAYOUT_DIGEST: gl.constexpr,
+):
+    # An integer that is 1 comes as a constant.
+    p = Problem(
+        q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks_ptr, items_ptr, runs_ptr,
+        gl.to_tensor(stride_qh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh),
+        gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(stride_lse_h),
+        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
+    )  # fmt: skip
+    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
+    # A slot of q for each consumer, which only that consumer releases.
+    q = make_ring(q_desc, CONSUMERS, 1)
+    k = make_ring(k_desc, KV_STAGES, CONSUMERS)
+    v = make_ring(v_desc, KV_STAGES, CONSUMERS)
+    # Where q stays in shared memory until the item's end, the result takes its place.
+    out = q.tiles
+    if Q_IN_REGISTERS:
+        out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], out_desc.layout)
+    v_cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(v_cleaned, count=CONSUMERS)
+    fence_async_shared()
+    memory = Memory(schedule, q, k, v, out, v_cleaned)
+    gl.warp_specialize(
+        [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+    )
+
+
+def hopper_forward_call(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    items: torch.Tensor,
+    runs: torch.Tensor,
+    n_items: int,
+    heads_per_wave: int,
+    counter: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+    multiprocessors: int,
+    config: Any,
+) -> KernelCall:
+    """The Hopper forward's launch.
+
+    Args:
+        q, k, v, out, lse: as in the module's text; the last dimension of q, k, v, out is contiguous, strides in whole 16 bytes.
+        sinks: (Hq,) float32 or None.
+        items, runs: tables of plan/stream.py, cut with rows_per_tile = 128 and block_cols = block_k, not split.
+        heads_per_wave: heads whose items run together.
+        counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
+        multiprocessors: programs of the persistent grid at most.
+        config: a launch `HopperForwardConfig`.
+    """
+    heads, head_dim = q.shape[1], q.shape[2]
+    inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    return KernelCall(
+        kernel=hopper_forward_kernel,
+        grid=(min(multiprocessors, n_items * heads),),
+        arguments=dict(
+            q_desc=head_box(q, ROWS.value),
+            k_desc=head_box(k, config.block_k),
+            v_desc=head_box(v, config.block_k),
+            out_desc=head_box(out, ROWS.value),
+            out_ptr=out,
+            lse_ptr=lse,
+            # Never read without sinks; an argument has to be a pointer.
+            sinks_ptr=lse if sinks is None else sinks,
+            items_ptr=items,
+            runs_ptr=runs,
+            stride_qh=q.stride(1),
+            stride_kh=k.stride(1),
+            stride_vh=v.stride(1),
+            stride_ot=out.stride(0),
+            stride_oh=out.stride(1),
+            stride_lse_h=lse.stride(0),
+            n_items=n_items,
+            n_heads=heads,
+            heads_per_wave=heads_per_wave,
+            counter_ptr=counter,
+            inner_scale=inner_scale,
+            outer_scale=outer_scale,
+        ),
+        constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
+            GROUP=heads // k.shape[1],
+            HEAD_DIM=head_dim,
+            BLOCK_K=config.block_k,
+            KV_STAGES=config.num_stages,
+            Q_IN_REGISTERS=config.q_in_registers,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINKS=sinks is not None,
+            CONSUMER_REGISTERS=config.consumer_registers,
+        ),
+        num_warps=config.num_warps,
+        num_stages=1,
+        max_registers=config.max_registers,
+    )

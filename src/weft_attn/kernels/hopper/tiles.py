@@ -1,0 +1,70 @@
+"""What the Hopper kernels share: layouts, descriptors, zeroing what a slice does not own, writing rows."""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+CONSUMERS = gl.constexpr(2)
+# Rows of a consumer: what one warp group multiplies at a time.
+ROWS = gl.constexpr(64)
+# How a warp group reads and writes a tile by rows, 16 bytes a thread.
+BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+
+ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def head_box(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """As `kernels.call.tensor_descriptor`, with the layout in shared memory that the products read."""
+    tokens, heads, dim = x.shape
+    shared = gl.NVMMASharedLayout.get_default_for([rows, dim], ELEMENTS[x.dtype])
+    return TensorDescriptor(x, [tokens, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [rows, dim], shared)
+
+
+def vector_box(x: torch.Tensor, length: int) -> TensorDescriptor:
+    """As `kernels.call.vector_descriptor`: boxes of `length` float32 of a contiguous tensor."""
+    shared = gl.NVMMASharedLayout(0, 32, rank=1)
+    return TensorDescriptor(x, [x.numel()], [1], [length], shared)
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """Registers of a warp group that hold a (64, columns) product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.jit
+def as_operand(tile, dtype: gl.constexpr, product: gl.constexpr):
+    """A tile rounded to the input dtype, as the left operand of a product, in registers."""
+    return gl.convert_layout(tile.to(dtype), gl.DotOperandLayout(0, product, 2))
+
+
+@gluon.jit
+def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
+    """Zero a consumer's half of the rows of a streamed tile from the n_valid-th on.
+
+    They are another slice's or a buffer's padding, and zero times NaN is NaN. `agree` before the tile is read.
+    """
+    HALF: gl.constexpr = tile.shape[0] // CONSUMERS
+    half = tile.slice(CONSUMER * HALF, HALF, dim=0)
+    rows = CONSUMER * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ROWS))
+    values = half.load(BY_ROWS)
+    half.store(gl.where((rows < n_valid)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def agree(barrier, times):
+    """Both consumers are here, for the `times`-th time from 0, and what they wrote to shared memory is seen by the products."""
+    fence_async_shared()
+    mbarrier.arrive(barrier, count=1)
+    mbarrier.wait(barrier, times & 1)
+
+
+@gluon.jit
+def write_rows(ptr, stride_row, tile, first_row, n_rows, product: gl.constexpr):
+    """Write the first n_rows rows of a (64, columns) product in the dtype of `ptr`, which points at the tensor's row 0."""
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, product))
+    columns = gl.arange(0, tile.shape[1], gl.SliceLayout(0, product))
+    offsets = rows.to(gl.int64)[:, None] * stride_row + columns[None, :]
+    gl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=(rows < first_row + n_rows)[:, None])
