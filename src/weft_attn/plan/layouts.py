@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from weft_attn.errors import InvalidInput, require
+from weft_attn.errors import require
 
 IntArray = NDArray[np.int64]
 
