@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def assert_ranks_match_oracle(case: ParallelCase, ranks: Sequence[RankResults]) 
     """Put the ranks' rows together and hold every result to the oracle's, and rows, positions and labels to their definition."""
     cu, world_size = case.cu_seqlens, len(ranks)
     owners = [owned(case.layout, case.lengths, rank, world_size) for rank in range(world_size)]
-    last = {stop - 1 for start, stop in zip(cu[:-1], cu[1:], strict=True) if stop > start}
+    last = {stop - 1 for start, stop in pairwise(cu) if stop > start}
     for rank, (rows, found) in enumerate(zip(owners, ranks, strict=True)):
         tokens = [cu[d] + t for d, t in rows]
         assert found.positions.tolist() == [t for _, t in rows], f"positions of rank {rank}"
