@@ -121,13 +121,9 @@ def gradients_of_the_first_heads(original: Any, self: Any, group: int) -> None:
 
 DEFECTS: dict[str, Defect] = {
     "rows: all early chunks, then all late ones": attribute(ShardedBatch, "tokens", property(early_chunks_before_late_ones)),
-    "rows: in reverse": around(
-        ShardedBatch, "on", lambda original, self, device, name: original(self, device, name).flip(0)
-    ),
+    "rows: in reverse": around(ShardedBatch, "on", lambda original, self, device, name: original(self, device, name).flip(0)),
     "positions counted from the batch's start": attribute(ShardedBatch, "positions", property(lambda self: self.tokens)),
-    "unshard leaves the gathered order": attribute(
-        ShardedBatch, "gathered_rows", property(lambda self: np.arange(self.total))
-    ),
+    "unshard leaves the gathered order": attribute(ShardedBatch, "gathered_rows", property(lambda self: np.arange(self.total))),
     "labels run into the next document": attribute(
         ShardedBatch, "last_tokens", property(lambda self: self.layout.cu_seqlens[-1:] - 1)
     ),
