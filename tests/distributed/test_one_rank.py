@@ -84,13 +84,22 @@ def test_the_batch_that_models_attend_under_is_the_innermost() -> None:
     with cp.batch(CU) as outer:
         assert current_batch() is outer
         assert outer.parallel is cp
-        with pytest.raises(RuntimeError, match="stop"), cp.batch([0, 4]) as inner:
+        with cp.batch([0, 4]) as inner:
             assert current_batch() is inner
-            raise RuntimeError("stop")
         active = current_batch()
         assert active is outer
         expected = weft.varlen_attention(q, k, v, CU, CU, causal=True, window=(2, None))
         assert torch.equal(active.attention(q, k, v, window=(2, None)), expected)  # type: ignore[arg-type]
+    assert current_batch() is None
+
+
+def test_an_error_ends_the_batch() -> None:
+    def fail() -> None:
+        with weft.ContextParallel().batch(CU):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert current_batch() is None
 
 

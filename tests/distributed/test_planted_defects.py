@@ -25,6 +25,9 @@ from weft_attn.testing.cases import Case
 from weft_attn.testing.parallel import ParallelCase, RankResults, assert_ranks_match_oracle, run_case
 from weft_attn.testing.ranks import run_ranks
 
+# One worker runs this file, in one spawn.
+pytestmark = pytest.mark.xdist_group("planted_defects")
+
 WORLD_SIZE = 3
 ATTENTION = Case(heads=8, kv_heads=4, softcap=2.0, softmax_scale=0.3, sinks=True)
 CASES = [
@@ -170,7 +173,7 @@ def run_with_defects(rank: int, world_size: int, names: list[str]) -> dict[str, 
         with DEFECTS[name]() if name in DEFECTS else nullcontext():
             try:
                 found[name] = [run_case(case) for case in CASES]
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (a defect may raise anything)
                 found[name] = repr(error)
     return found
 
