@@ -125,9 +125,7 @@ DECODERS: dict[str, Callable[[], Any]] = {
 
 def bert() -> Any:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
-    return made(
-        lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{name: SHARED[name] for name in names})).eval()
-    )
+    return made(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{name: SHARED[name] for name in names})).eval())
 
 
 def bart() -> Any:

@@ -17,7 +17,7 @@ def padding(side: str, batch: int, length: int) -> torch.Tensor:
     mask = torch.ones(batch, length, dtype=torch.int64)
     for index in range(1, batch):
         cut = 3 * index + 1
-        mask[index, :cut if side == "left" else None] = 0 if side == "left" else 1
+        mask[index, : cut if side == "left" else None] = 0 if side == "left" else 1
         if side == "right":
             mask[index, -cut:] = 0
     return mask
