@@ -231,6 +231,8 @@ class Plan:
         self.table: torch.Tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
         # Filled by plan/stream.py: work tiles by (kernel tile sizes, device).
         self._streams: dict[Any, Any] = {}
+        # Filled by ops/execute.py: what a pass over this plan launches, by how its tensors lie in memory.
+        self._recipes: dict[Any, Any] = {}
         live_plans[self.table.data_ptr()] = self
 
     # ---- builders -----------------------------------------------------------------------------------------------------
@@ -332,6 +334,31 @@ class Plan:
                 largest rank or given with kv_order "sequence".
         """
         return cls._from_table(*build.zigzag(cu_seqlens, rank, world_size, kv_order, rank_stride, causal, window))
+
+    @classmethod
+    def sharded(
+        cls,
+        layout: str,
+        cu_seqlens: Any,
+        rank: int,
+        world_size: int,
+        rank_stride: int | None = None,
+        *,
+        causal: bool = True,
+        window: tuple[int | None, int | None] | None = None,
+    ) -> Plan:
+        """One rank's rows under a context-parallel layout, over the keys of all ranks as an all-gather leaves them.
+
+        Args:
+            layout: "zigzag" (as `zigzag`); "contiguous": rank r owns rows [r*L // W, (r+1)*L // W) of every document of L
+                tokens; "striped": rows r, r + W, r + 2W, ... of every document.
+            cu_seqlens, rank, world_size, rank_stride, causal, window: as in `zigzag`.
+
+        Raises:
+            InvalidInput: an unknown layout.
+            InvalidPlan: as `zigzag`.
+        """
+        return cls._from_table(*build.sharded(layout, cu_seqlens, rank, world_size, rank_stride, causal, window))
 
     @classmethod
     def shared_prefix(cls, prompt_len: int, response_lens: Sequence[int]) -> Plan:
