@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn import InvalidInput, WeftError
+from weft_attn.distributed import context_parallel
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.context_parallel import current_batch
 from weft_attn.plan.layouts import LAYOUTS
@@ -84,13 +86,22 @@ def test_the_batch_that_models_attend_under_is_the_innermost() -> None:
     with cp.batch(CU) as outer:
         assert current_batch() is outer
         assert outer.parallel is cp
-        with pytest.raises(RuntimeError, match="stop"), cp.batch([0, 4]) as inner:
+        with cp.batch([0, 4]) as inner:
             assert current_batch() is inner
-            raise RuntimeError("stop")
         active = current_batch()
         assert active is outer
         expected = weft.varlen_attention(q, k, v, CU, CU, causal=True, window=(2, None))
         assert torch.equal(active.attention(q, k, v, window=(2, None)), expected)  # type: ignore[arg-type]
+    assert current_batch() is None
+
+
+def test_an_error_ends_the_batch() -> None:
+    def fail() -> None:
+        with weft.ContextParallel().batch(CU):
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert current_batch() is None
 
 
@@ -153,6 +164,12 @@ def test_what_makes_no_sense_is_refused_in_words(name: str) -> None:
 def test_a_wrong_number_of_rows_names_the_rule() -> None:
     with pytest.raises(InvalidInput, match=r"q has the rows of this rank's part of cu_seqlens: expected 16, given 15"):
         attend(rows=15)()
+
+
+def test_the_example_runs() -> None:
+    found = doctest.testmod(context_parallel)
+    assert found.attempted >= 5
+    assert found.failed == 0
 
 
 def test_the_package_is_imported_without_torch_distributeds_users() -> None:

@@ -102,6 +102,11 @@ class RankResults:
     labels: torch.Tensor
     whole: torch.Tensor
 
+    def to(self, device: torch.device | str) -> RankResults:
+        """The same on a device."""
+        moved = Results(**{name: tensor.to(device) for name, tensor in self.results.items()})  # type: ignore[arg-type]
+        return RankResults(moved, self.positions.to(device), self.labels.to(device), self.whole.to(device))
+
 
 def run_case(case: ParallelCase, device: torch.device | str = "cpu", group: Any = None) -> RankResults:
     """A rank's part of a case, collective; fresh memory holds NaN, gathered padding too."""
@@ -151,7 +156,7 @@ def _joined(ranks: Sequence[Results], order: torch.Tensor) -> Results:
     """All ranks' rows in the batch's order; dsinks summed."""
 
     def joined(name: str) -> torch.Tensor | None:
-        parts = [getattr(rank, name).cpu() for rank in ranks if getattr(rank, name) is not None]
+        parts = [getattr(rank, name) for rank in ranks if getattr(rank, name) is not None]
         if not parts:
             return None
         if name == "dsinks":
