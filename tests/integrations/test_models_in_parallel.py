@@ -128,7 +128,9 @@ def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [dict(softcap=0.5), dict(scaling=0.3), dict(s_aux=torch.randn(4)), dict(sliding_window=2)], ids=str
+    "options",
+    [dict(softcap=0.5), dict(scaling=0.3), dict(s_aux=torch.tensor([0.5, 1.0, -1.0, 2.0])), dict(sliding_window=2)],
+    ids=lambda options: next(iter(options)),
 )
 def test_a_layers_options_reach_the_batch(options: dict[str, Any]) -> None:
     q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
