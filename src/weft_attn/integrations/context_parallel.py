@@ -1,0 +1,67 @@
+"""Attention of a model inside `ContextParallel.batch`: the batch, not the model's mask, says who attends to whom.
+
+A rank's rows are one sequence of local rows, (1, T_local). What the model may still say is the band: causal or not, a window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weft_attn.distributed.context_parallel import ActiveBatch
+from weft_attn.errors import Unsupported, require
+from weft_attn.integrations.mask_functions import Asked, host_padding, recognise
+from weft_attn.integrations.plan_mask import Mask, Window
+from weft_attn.integrations.positions import PositionRule
+
+
+def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
+    """The band that a model asks for inside a batch; anything else that it asks for is refused.
+
+    Host reads: the position ids, once; by the first layer where the mask has not seen them.
+
+    Raises:
+        Unsupported: a KV cache, a batch size other than 1, padding, a mask that is no causal or sliding-window one.
+        InvalidInput: the rows or the position ids are not the batch's.
+    """
+    if asked.rows != asked.keys or asked.row_offset or asked.key_offset:
+        raise Unsupported(
+            f"a KV cache has no place in a context-parallel batch: expected use_cache=False, given {asked.rows} rows after "
+            f"position {asked.row_offset} over {asked.keys} keys"
+        )
+    if asked.batch != 1:
+        raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {asked.batch}")
+    if host_padding(asked) is not None:
+        raise Unsupported("a context-parallel batch has no padding: expected attention_mask=None, given one with padding")
+    pattern = recognise(asked.function)
+    if pattern is None or pattern.chunk is not None or pattern.right != 0:
+        raise Unsupported(
+            "models inside a context-parallel batch are decoders with causal or sliding-window layers: "
+            "expected such a mask, given another one"
+        )
+    expected = batch.parallel.position_ids(batch.cu_seqlens)
+    require(
+        len(expected) == asked.rows,
+        "a model inside a context-parallel batch gets the rank's rows",
+        expected=f"{len(expected)} rows, as shard(cu_seqlens, x) gives",
+        given=asked.rows,
+    )
+    rule = PositionRule(expected)
+    if pattern.positions is not None:
+        rule.look(pattern.positions)
+    return Mask(None, pattern.window, batch=batch, positions=rule)
+
+
+def attend(
+    batch: ActiveBatch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, options: dict[str, Any]
+) -> torch.Tensor:
+    """(1, T_local, H, D) under the batch's plan, the layer's band and its options; (1, T_local, Hq, Dv)."""
+    if q.shape[0] != 1:
+        raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {q.shape[0]}")
+    left, right = window
+    causal = right == 0
+    bounds = (left, None) if causal else (left, right)
+    out = batch.attention(q[0], k[0], v[0], causal=causal, window=None if bounds == (None, None) else bounds, **options)
+    assert isinstance(out, torch.Tensor)
+    return out[None]
