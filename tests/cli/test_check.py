@@ -1,4 +1,4 @@
-"""The demo shows what it says: real documents, every rank through the kernels, the same as one device, or a failure."""
+"""The check shows what it says: real documents, every rank through the kernels, the same as one device, or a failure."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from weft_attn.cli.main import main
-from weft_attn.demo import report
+from weft_attn.demo import attention_report as report
 from weft_attn.demo.documents import Document, Pack, pack_documents
-from weft_attn.demo.ranks import RankResult, Sizes, ZigzagRanks, project, rank_tokens
-from weft_attn.demo.report import Checks, compare
+from weft_attn.demo.attention_ranks import RankResult, Sizes, ZigzagRanks, project, rank_tokens
+from weft_attn.demo.attention_report import Checks, compare
 from weft_attn.errors import InvalidInput
 from weft_attn.plan import Plan
 from weft_attn.plan.layouts import Zigzag
@@ -49,10 +49,10 @@ def verdicts(checks: Checks) -> dict[str, bool]:
 # ---- the whole command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_runs_the_kernels_in_the_interpreter_and_passes(
+def test_the_check_runs_the_kernels_in_the_interpreter_and_passes(
     weft: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
-    done = weft("demo", "--device", "cpu", "--tokens", 150, "--ranks", 2, "--picture", "pictures/plan.png")
+    done = weft("check", "--device", "cpu", "--tokens", 150, "--ranks", 2, "--picture", "pictures/plan.png")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "150 tokens" in done.stdout
     assert "interpreter" in done.stdout
@@ -69,13 +69,13 @@ def test_own_documents_are_packed_in_the_order_given(
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_bytes(b"some words of a document")
     (tmp_path / "folder" / "c.txt").write_bytes(b"never reached")
-    done = weft("demo", "--device", "cpu", "--ranks", 1, "--tokens", 40, "--documents", "b.txt", "folder")
+    done = weft("check", "--device", "cpu", "--ranks", 1, "--tokens", 40, "--documents", "b.txt", "folder")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "b.txt 20, a.txt 20" in done.stdout
     assert "left out, for room: 1 documents" in done.stdout
 
 
-def test_a_wrong_plan_makes_the_demo_fail(
+def test_a_wrong_plan_makes_the_check_fail(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     honest = ZigzagRanks.plan
@@ -86,7 +86,7 @@ def test_a_wrong_plan_makes_the_demo_fail(
         return Plan([replace(first, hi=(first.hi or 0) + 1), *others], plan.total_q, plan.total_k)
 
     monkeypatch.setattr(report, "choose_device", lambda name: CPU)
-    arguments = ["demo", "--ranks", "2", "--tokens", "200", "--picture", str(tmp_path / "plan.png")]
+    arguments = ["check", "--ranks", "2", "--tokens", "200", "--picture", str(tmp_path / "plan.png")]
     for plan, code, verdict in ((honest, 0, "PASS  every row"), (one_key_too_many, 1, "FAIL  an error exceeds")):
         monkeypatch.setattr(ZigzagRanks, "plan", plan)
         with pytest.raises(SystemExit) as end:
@@ -108,7 +108,7 @@ def test_bad_requests_exit_with_2(
 ) -> None:
     monkeypatch.setattr(report, "choose_device", lambda name: CPU)
     with pytest.raises(SystemExit) as end:
-        main(["demo", *arguments])
+        main(["check", *arguments])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
@@ -118,7 +118,7 @@ def test_a_process_whose_triton_compiles_cannot_interpret_and_says_so(capsys: py
 
     assert not triton.knobs.runtime.interpret
     with pytest.raises(SystemExit) as end:
-        main(["demo", "--device", "cpu"])
+        main(["check", "--device", "cpu"])
     assert end.value.code == 2
     assert "TRITON_INTERPRET=1" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""What the demo computes: a pack's attention cut over zigzag ranks, and the same on one device.
+"""What `weft check` computes: a pack's attention cut over zigzag ranks, and the same on one device.
 
 Every rank holds its own rows and, as after an all-gather, the keys and values of all ranks in rank order. Its gradients of those
 keys and values are added to the other ranks', as a reduce-scatter would.

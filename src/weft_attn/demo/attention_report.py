@@ -1,4 +1,4 @@
-"""The demo from documents to verdict, told on a console."""
+"""`weft check` from documents to verdict, told on a console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from weft_attn.demo.documents import Pack, pack_documents
-from weft_attn.demo.ranks import (
+from weft_attn.demo.attention_ranks import (
     GPU_SIZES,
     INTERPRETER_SIZES,
     RankResult,
@@ -47,7 +47,7 @@ class Options:
     tokens: int | None = None
     world_size: int = 4
     device: str | None = None
-    picture: Path = Path("out/weft-demo-plan.png")
+    picture: Path = Path("out/weft-check.png")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Checks:
         return all(found.passed for found in (*self.out, *self.dq, self.dk, self.dv))
 
 
-def run_demo(options: Options, console: Console) -> bool:
+def run_check(options: Options, console: Console) -> bool:
     """Pack, cut, compute, compare, draw. Returns whether every error is within its bound.
 
     Raises:
