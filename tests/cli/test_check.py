@@ -13,12 +13,11 @@ import torch
 
 from weft_attn.cli.main import main
 from weft_attn.demo import attention_report as report
-from weft_attn.demo.documents import Document, Pack, pack_documents
-from weft_attn.demo.attention_ranks import RankResult, Sizes, ZigzagRanks, project, rank_tokens
+from weft_attn.demo.attention_ranks import RankResult, Sizes, ZigzagRanks, project
 from weft_attn.demo.attention_report import Checks, compare
+from weft_attn.demo.documents import Document, Pack, pack_documents
 from weft_attn.errors import InvalidInput
 from weft_attn.plan import Plan
-from weft_attn.plan.layouts import Zigzag
 from weft_attn.testing.cases import Inputs
 
 SIZES = Sizes(tokens=90, heads=2, kv_heads=1, head_dim=16, dtype=torch.bfloat16)
@@ -157,17 +156,6 @@ def test_nan_fails() -> None:
     ranks, results, inputs = run_ranks()
     results[0] = replace(results[0], out=results[0].out * float("nan"))
     assert not compare(ranks, results, inputs, SIZES).passed
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_own_every_token_once_and_as_many_as_their_plans(world_size: int) -> None:
-    cu_seqlens = make_pack().cu_seqlens
-    layout = Zigzag.of(cu_seqlens, world_size)
-    owned = [rank_tokens(layout, cu_seqlens, rank) for rank in range(world_size)]
-    assert sorted(np.concatenate(owned).tolist()) == list(range(sum(LENGTHS)))
-    assert [len(tokens) for tokens in owned] == [
-        Plan.zigzag(cu_seqlens, rank, world_size).total_q for rank in range(world_size)
-    ]
 
 
 def test_equal_documents_have_equal_keys_whatever_comes_before_them() -> None:

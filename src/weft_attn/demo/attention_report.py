@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from weft_attn.demo.documents import Pack, pack_documents
 from weft_attn.demo.attention_ranks import (
     GPU_SIZES,
     INTERPRETER_SIZES,
@@ -23,9 +22,11 @@ from weft_attn.demo.attention_ranks import (
     choose_device,
     project,
 )
+from weft_attn.demo.documents import Pack, pack_documents
+from weft_attn.demo.panels import names_of, zigzag_panels
 from weft_attn.errors import require
 from weft_attn.plan.cost import backward_flops, forward_flops
-from weft_attn.plan.draw import Panel, Span, draw_plans
+from weft_attn.plan.draw import draw_plans
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.cases import Case, Inputs
 from weft_attn.testing.compare import Budget, blockwise, budget, truncates
@@ -94,7 +95,7 @@ def run_check(options: Options, console: Console) -> bool:
         checks = compare(ranks, results, inputs, sizes)
         progress.advance(task)
         progress.update(task, description="picture")
-        picture = draw_ranks(ranks, pack, options.picture)
+        picture = draw_plans(zigzag_panels(pack.cu_seqlens, options.world_size), options.picture, names_of(pack))
         progress.advance(task)
 
     console.print(_rank_table(results, checks, sizes))
@@ -127,42 +128,6 @@ def compare(ranks: ZigzagRanks, results: Sequence[RankResult], inputs: Inputs, s
         dk=held("dk", ranks.summed(results, "dk")),
         dv=held("dv", ranks.summed(results, "dv")),
     )
-
-
-def draw_ranks(ranks: ZigzagRanks, pack: Pack, path: Path) -> Path:
-    """A panel for each rank: its rows against the gathered keys."""
-    world_size = ranks.layout.world_size
-    spans = [_spans(ranks, rank) for rank in range(world_size)]
-    marks, key_spans, total = [], [], 0
-    for rank, own in enumerate(spans):
-        marks.append((total, f"rank {rank}'s keys"))
-        key_spans += [Span(span.start + total, span.stop + total, span.document, span.late) for span in own]
-        total += len(ranks.owned[rank])
-    plans = [ranks.plan(rank) for rank in range(world_size)]
-    work = sum(plan.pairs for plan in plans)
-    panels = [
-        Panel(
-            f"rank {rank}:  {plan.total_q:,} rows,  {plan.pairs:,} visible pairs,  {plan.pairs / work:.1%} of the work",
-            plan,
-            own,
-            key_spans,
-            marks,
-        )
-        for rank, (plan, own) in enumerate(zip(plans, spans, strict=True))
-    ]
-    names = [f"{document.name}  ({len(document.tokens):,})" for document in pack.documents]
-    return draw_plans(panels, path, names)
-
-
-def _spans(ranks: ZigzagRanks, rank: int) -> list[Span]:
-    """A rank's rows: of every document the early and the late chunk."""
-    layout = ranks.layout
-    return [
-        Span(int(start), int(start + layout.sizes[document, chunk]), document, late=index == 1)
-        for document, starts in enumerate(layout.local_starts)
-        for index, chunk in enumerate(layout.owned_chunks(rank))
-        for start in (starts[chunk],)
-    ]
 
 
 def _introduce(pack: Pack, sizes: Sizes, world_size: int, device: torch.device, console: Console) -> None:

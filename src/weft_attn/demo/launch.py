@@ -9,7 +9,9 @@ import logging
 import os
 import tempfile
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,14 +38,30 @@ def run_demo(options: Options) -> bool:
     """
     if dist.is_torchelastic_launched():
         return train_rank(options)
-    setup = Setup.of(options)
+    return all(start_ranks(train_rank, Setup.of(options).world_size, options))
+
+
+def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call function(*args) in processes of this machine, started and watched as torchrun does.
+
+    Args:
+        function: found by name in each process, where RANK, WORLD_SIZE, MASTER_ADDR and so on say who it is.
+
+    Returns:
+        What the ranks return, in rank order.
+
+    Raises:
+        RankFailed: a rank raised, or died; the others have been ended.
+    """
     # The launcher logs what RankFailed says again.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=setup.world_size,
+            nproc_per_node=world_size,
             run_id=uuid.uuid4().hex,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
@@ -52,11 +70,11 @@ def run_demo(options: Options) -> bool:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            verdicts = elastic_launch(config, train_rank)(options)
+            results = elastic_launch(config, function)(*args)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             raise RankFailed(f"rank {rank} failed: {_told(failure)}") from None
-    return all(verdicts.values())
+    return [results[rank] for rank in range(world_size)]
 
 
 def train_rank(options: Options) -> bool:
@@ -84,7 +102,6 @@ def train_rank(options: Options) -> bool:
 
 def _told(failure: ProcessFailure) -> str:
     """A rank's traceback; where it left none, how it ended."""
-    message = failure.message
-    if isinstance(message, dict):
-        message = message.get("extraInfo", {}).get("py_callstack") or message.get("message", "")
-    return str(message) or f"exit code {failure.exitcode}"
+    message = failure.error_file_data["message"]
+    traceback = message.get("extraInfo", {}).get("py_callstack") if isinstance(message, dict) else None
+    return traceback or failure.message

@@ -30,7 +30,7 @@ class Sizes:
 
 # Less than a minute on two cores.
 CPU_SIZES = Sizes(tokens=1024, layers=3, heads=4, kv_heads=2, head_dim=32)
-GPU_SIZES = Sizes(tokens=8192, layers=8, heads=16, kv_heads=4, head_dim=64)
+GPU_SIZES = Sizes(tokens=8192, layers=6, heads=8, kv_heads=2, head_dim=64)
 
 
 @dataclass(frozen=True)

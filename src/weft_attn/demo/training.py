@@ -24,6 +24,7 @@ from weft_attn.integrations.transformers import register
 SEED = 0
 IGNORED = -100
 LEARNING_RATE = 2e-3
+WARM_UP = 5  # steps
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 
@@ -52,11 +53,12 @@ class Trainer:
         if parallel is not None:
             register()
         torch.manual_seed(SEED)
-        model = LlamaForCausalLM._from_config(llama(sizes), attn_implementation="sdpa" if parallel is None else "weft")
-        self.model = model.to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
-        )
+        # Weights are drawn on the CPU, so that they are the same on every device.
+        self.model = LlamaForCausalLM(llama(sizes))
+        self.model.to(device=device)
+        self.model.set_attn_implementation("sdpa" if parallel is None else "weft")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
 
     def backward(self, batch: Pack) -> float:
         """The loss of a batch (nats per byte), and its gradients in the parameters; on a rank, those of the whole group."""
@@ -71,7 +73,8 @@ class Trainer:
             ).logits[0]
             # The mean over ALL labels of the batch. Ranks own different numbers of labels, so a mean of the ranks' means would
             # weigh tokens by the rank they landed on: each rank sums its own and divides by the count of the whole batch.
-            loss = F.cross_entropy(logits, share.labels.to(self.device), ignore_index=IGNORED, reduction="sum") / labelled(batch)
+            summed = F.cross_entropy(logits, share.labels.to(self.device), ignore_index=IGNORED, reduction="sum")
+            loss = summed / labelled(batch)
             loss.backward()
         loss = loss.detach()
         if self.parallel is not None:
@@ -82,6 +85,7 @@ class Trainer:
 
     def update(self) -> None:
         self.optimizer.step()
+        self.schedule.step()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """By parameter name."""
