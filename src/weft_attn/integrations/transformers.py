@@ -1,0 +1,327 @@
+"""`attn_implementation="weft"` for models of transformers, through its public attention and mask interfaces.
+
+    import weft_attn.integrations.transformers as weft_transformers
+    weft_transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="weft")
+
+A model asks for a mask once per forward and kind of layer. It gets a `PlanMask`, which holds the `Plan` of the whole batch, and
+hands it to every layer. The mask is the authority on who attends to whom, as in transformers' eager attention; what a layer says
+beside it must agree. Rows that see no key, which are rows of padding, give 0.
+
+Inside `ContextParallel.batch` the hidden states are a rank's local rows, (1, T_local); see `context_parallel.py`.
+
+Host reads per forward: one copy of the padding mask for each kind of layer, where there is one; one of the packed positions, where
+there are some; the filled length of a static cache. Without these, none. `torch.compile` breaks its graph at both functions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weft_attn.api import plan_attention
+from weft_attn.errors import InvalidInput, Unsupported, require
+from weft_attn.integrations import context_parallel, masks
+from weft_attn.integrations.documents import documents_plan
+from weft_attn.integrations.kept import kept
+from weft_attn.integrations.mask_functions import Asked, cells_to_plan, check_cells, to_mask
+from weft_attn.integrations.plan_mask import Mask, PlanMask, Window
+from weft_attn.plan import Plan
+
+NAME = "weft"
+OLDEST = (5, 23)
+TESTED = "5.23"
+
+# Keyword arguments that reach an attention and change nothing of it: what they say is in the mask, in the rotated queries and
+# keys, or belongs to other parts of the model.
+HARMLESS = frozenset(
+    (
+        "cache_position",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "shift_labels",
+        "use_cache",
+    )
+)
+
+
+def register() -> None:
+    """Make "weft" an `attn_implementation` of transformers. May be called again.
+
+    Raises:
+        Unsupported: (a ValueError) transformers is not installed, or older than what is tested.
+
+    Example:
+        >>> from weft_attn.integrations.transformers import register
+        >>> register()
+        >>> from transformers import AttentionInterface
+        >>> "weft" in AttentionInterface()
+        True
+    """
+    expected = f"transformers {TESTED} (tested) or newer: pip install 'weft-attn[transformers]'"
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        raise Unsupported(f"attn_implementation='weft' needs transformers: expected {expected}, given none") from None
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise Unsupported(f"attn_implementation='weft' needs a tested transformers: expected {expected}, given {version}")
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+# ---- the mask -------------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    # What other masks are made with: a size that the function already holds, skips that are not needed, a dtype.
+    local_size: int | None = None,  # noqa: ARG001
+    allow_is_causal_skip: bool = True,  # noqa: ARG001
+    allow_is_bidirectional_skip: bool = False,  # noqa: ARG001
+    dtype: torch.dtype | None = None,  # noqa: ARG001
+    config: Any = None,  # noqa: ARG001
+    **unknown: Any,
+) -> PlanMask:
+    """The mask of one kind of layer, as `AttentionMaskInterface` asks for it.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of the attention.
+        q_offset, kv_offset: positions of the first row and of the first key.
+        mask_function: who sees whom, by (batch, head, row, key) indices; None: causal.
+        attention_mask: (batch, tokens seen) bool, False where a token is padding.
+        use_vmap: the function takes single indices only.
+
+    Returns:
+        (batch, 1, q_length, kv_length), a `PlanMask`.
+
+    Raises:
+        Unsupported: a mask without band structure that is too large to be read cell by cell; an argument not known here; inside a
+            context-parallel batch whatever that cannot serve.
+    """
+    _refuse(unknown, "the mask")
+    if mask_function is None:
+        mask_function = importlib.import_module("transformers.masking_utils").causal_mask_function
+    asked = Asked(
+        batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, use_vmap, device
+    )
+    batch = context_parallel.current_batch()
+    mask = to_mask(asked) if batch is None else context_parallel.mask_of_batch(batch, asked)
+    return PlanMask.of(mask, (batch_size, 1, q_length, kv_length), device)
+
+
+# ---- the attention --------------------------------------------------------------------------------------------------------
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+    deterministic: bool | None = None,
+    output_attentions: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, as `AttentionInterface` asks for it.
+
+    Args:
+        module: the layer; `training` and `is_causal` are read.
+        query: (B, Hq, S, D), key: (B, Hkv, K, D), value: (B, Hkv, K, Dv). Under autocast they are cast to its dtype.
+        attention_mask: a `PlanMask`; a (B or 1, 1, S, K) tensor, bool or of 0 and the lowest value of its dtype, read cell by cell
+            once; or None: causal where the layer is, over as many keys as rows or by one row.
+        dropout: 0 in training.
+        scaling: softmax scale; None: D ** -0.5.
+        sliding_window: must be in the mask; without a mask it is applied.
+        softcap, s_aux: bound of the scores, and (Hq,) sink logits.
+        is_causal: read where there is no mask.
+        cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents of a batch of one, as for flash attention.
+        output_attentions: weights are never formed, True is refused.
+
+    Returns:
+        (B, S, Hq, Dv) and None in place of weights.
+
+    Raises:
+        Unsupported: dropout in training, attention weights, a position bias, and every argument not named here or in `HARMLESS`.
+        InvalidInput: shapes, dtypes, or arguments that contradict the mask.
+    """
+    _refuse({name: x for name, x in others.items() if name not in HARMLESS}, "the attention")
+    if output_attentions:
+        raise Unsupported("attention weights are never formed: expected output_attentions=False, given True")
+    if dropout and getattr(module, "training", True):
+        raise Unsupported(f"attention has no dropout: expected attention_dropout=0 in training, given {dropout}")
+    q, k, v = (x.transpose(1, 2) for x in _autocast(query, key, value))
+    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": 0.0 if softcap is None else softcap, "sinks": s_aux}
+    sizes = (q.shape[0], q.shape[1], k.shape[1])
+    flash = PackedKwargs(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    batch = context_parallel.current_batch()
+    if isinstance(attention_mask, PlanMask):
+        batch = _checked_batch(attention_mask, sizes, sliding_window, batch)
+    if batch is not None:
+        window = _window_in_batch(attention_mask, causal, sliding_window, flash)
+        return context_parallel.attend(batch, q, k, v, window, options), None
+    plan = _plan(attention_mask, sizes, causal, sliding_window, flash)
+    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    out = plan_attention(flat_q, flat_k, flat_v, plan, deterministic=bool(deterministic), **options)
+    assert isinstance(out, torch.Tensor)
+    return out.view(*q.shape[:3], v.shape[3]), None
+
+
+@dataclass(frozen=True)
+class PackedKwargs:
+    """What a model passes for flash attention beside the mask, or four times None."""
+
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+    @property
+    def given(self) -> bool:
+        return any(x is not None for x in (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k))
+
+
+Sizes = tuple[int, int, int]  # sequences, rows and keys of each
+
+
+def _refuse(unknown: dict[str, Any], owner: str) -> None:
+    for name, value in unknown.items():
+        if value is not None:
+            raise Unsupported(f"{owner} of attn_implementation='weft' knows every argument: expected no {name!r}, given one")
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autocast does to the operands of a product: norms and rotations may have left queries and keys in float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
+
+
+def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, active: Any | None) -> Any | None:
+    """The context-parallel batch that a mask was made in, after what the layer says beside it has been compared with it."""
+    given = tuple(mask.shape)
+    require(given == (sizes[0], 1, *sizes[1:]), "queries and keys fit the mask", expected=given, given=sizes)
+    window = mask.mask.window
+    if sliding_window is not None and window is not None and window[0] is None and sizes[2] > sliding_window:
+        raise InvalidInput(
+            f"a layer's window is in its mask: expected a mask with a window of {sliding_window}, given one without"
+        )
+    if active is not None and mask.mask.batch is not active:
+        raise InvalidInput("a mask is used in the batch that it was made in: expected one of this context-parallel batch")
+    return mask.mask.batch
+
+
+def _window_in_batch(mask: torch.Tensor | None, causal: bool, sliding_window: int | None, flash: PackedKwargs) -> Window:
+    if flash.given:
+        raise Unsupported("a context-parallel batch knows its documents: expected no cu_seq_lens or max_length, given some")
+    if isinstance(mask, PlanMask):
+        assert mask.mask.window is not None
+        return mask.mask.window
+    if mask is not None:
+        raise Unsupported("a context-parallel batch has no mask of its own: expected attention_mask=None, given a tensor")
+    return _window_without_mask(causal, sliding_window)
+
+
+def _window_without_mask(causal: bool, sliding_window: int | None) -> Window:
+    if sliding_window is None:
+        return None, 0 if causal else None
+    if not causal:
+        raise Unsupported("a layer with a window that is not causal has a mask: expected one, given None")
+    return sliding_window - 1, 0
+
+
+def _plan(mask: torch.Tensor | None, sizes: Sizes, causal: bool, sliding_window: int | None, flash: PackedKwargs) -> Plan:
+    batch, rows, keys = sizes
+    if isinstance(mask, PlanMask):
+        plan = mask.mask.plan
+        assert plan is not None
+        return _packed_plan(flash, sizes, mask.mask) if flash.given else plan
+    if mask is not None:
+        if flash.given:
+            raise Unsupported("documents are in the mask or in cu_seq_lens: expected one of them, given both")
+        return _dense_plan(mask, sizes)
+    window = _window_without_mask(causal, None if sliding_window is None or keys <= sliding_window else sliding_window)
+    if flash.given:
+        return _packed_plan(flash, sizes, Mask(None, window, is_plain=True))
+    if causal and rows not in (1, keys):
+        raise Unsupported(
+            f"causal attention of some rows over more keys has a mask: expected one, given None for {rows} x {keys}"
+        )
+    return masks.band(batch, rows, keys, keys - rows, window)
+
+
+def _packed_plan(flash: PackedKwargs, sizes: Sizes, mask: Mask) -> Plan:
+    """Documents by cu_seq_lens, as for flash attention; where the mask knows documents or padding, they are the same."""
+    cu_q, cu_k, window = flash.cu_seqlens_q, flash.cu_seqlens_k, mask.window
+    if cu_q is None or cu_k is None or sizes[0] != 1 or window is None:
+        raise Unsupported(
+            "packed documents are one sequence: expected batch size 1, cu_seq_lens_q with cu_seq_lens_k, and a causal, full or "
+            f"window mask, given batch size {sizes[0]}"
+        )
+    plan = documents_plan(cu_q, cu_k, flash.max_seqlen_q, flash.max_seqlen_k, False, window)
+    if not mask.is_plain and plan != mask.plan:
+        raise InvalidInput("cu_seq_lens and the mask are about the same documents: expected the mask's, given others")
+    return plan
+
+
+def _dense_plan(mask: torch.Tensor, sizes: Sizes) -> Plan:
+    """The plan of a mask that a caller has made, cell by cell."""
+    batch, rows, keys = sizes
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or tuple(mask.shape[1:]) != (1, rows, keys):
+        raise Unsupported(
+            f"a mask of one's own is the same for all heads: expected ({batch} or 1, 1, {rows}, {keys}), given {tuple(mask.shape)}"
+        )
+    check_cells(*sizes)
+
+    def make() -> Plan:
+        return cells_to_plan(_visible(mask).expand(batch, -1, -1, -1))
+
+    return kept((mask,), (batch,), make)
+
+
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise Unsupported(
+            f"a mask of one's own is boolean or added to scores: expected bool or a float dtype, given {mask.dtype}"
+        )
+    # The lowest bfloat16, cast to float32, hides as well as the lowest float32 does.
+    hidden = mask <= max(torch.finfo(mask.dtype).min, torch.finfo(torch.bfloat16).min)
+    if not ((mask == 0) | hidden).all():
+        raise Unsupported("a mask of one's own hides or shows: expected 0 or the lowest value of its dtype, given another bias")
+    return ~hidden
