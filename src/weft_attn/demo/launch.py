@@ -55,7 +55,7 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> li
     """
     # The launcher logs what RankFailed says again.
     for name in logging.root.manager.loggerDict:
-        if name.startswith("torch.distributed.elastic"):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
@@ -94,7 +94,7 @@ def train_rank(options: Options) -> bool:
     if setup.on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(setup.backend)
-    passed = run_group(setup, device, local_ranks)
+    passed = run_group(setup, device)
     # Not after an error: the others would then fail too, and hide the rank that failed first.
     dist.destroy_process_group()
     return passed

@@ -142,7 +142,10 @@ class Telling:
         )
         alone = tokens / statistics.median(step.seconds_alone for step in steady)
         together = tokens / statistics.median(step.seconds_together for step in steady)
-        self.console.print(f"tokens/s, forward and backward: {alone:,.0f} in one process, {together:,.0f} on {self.group}")
+        threads = "" if self.setup.on_gpu else ", one thread each"
+        self.console.print(
+            f"tokens/s, forward and backward: {alone:,.0f} in one process, {together:,.0f} on {self.group}{threads}"
+        )
         if not self.setup.on_gpu:
             self.console.print("On a CPU attention is Weft's reference; `weft check` runs the kernels here.", style="dim")
         self.console.print(f"picture: {self.setup.picture}", soft_wrap=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -15,38 +13,36 @@ from weft_attn.demo.training import Trainer, largest_difference
 from weft_attn.distributed.context_parallel import ContextParallel
 
 
-def run_group(setup: Setup, device: torch.device, local_ranks: int) -> bool:
+def run_group(setup: Setup, device: torch.device) -> bool:
     """Train on this rank; rank 0 also trains alone, compares, tells and draws. Returns rank 0's verdict, on every rank."""
+    # One thread a process: ranks that share cores would wait for each other's threads.
+    torch.set_num_threads(1)
     parallel = ContextParallel(layout="zigzag")
-    outcome = train(setup, device, parallel, Console() if parallel.rank == 0 else None, local_ranks)
-    verdict = torch.tensor([outcome is None or outcome.passed], dtype=torch.int32, device=device)
+    passed = True
+    if parallel.rank == 0:
+        outcome = train_and_compare(setup, device, parallel, Console())
+        draw_run(setup, outcome)
+        passed = outcome.passed
+    else:
+        together = Trainer(setup.sizes, device, parallel)
+        for batch in setup.batches:
+            together.backward(batch)
+            together.update()
+    verdict = torch.tensor(passed, dtype=torch.int32, device=device)
     dist.broadcast(verdict, src=0)
     return bool(verdict.item())
 
 
-def train(
-    setup: Setup, device: torch.device, parallel: ContextParallel, console: Console | None, local_ranks: int
-) -> Outcome | None:
-    """All steps. On rank 0 with its console: the run's outcome, told and drawn; on other ranks: None.
+def train_and_compare(setup: Setup, device: torch.device, parallel: ContextParallel, console: Console) -> Outcome:
+    """All steps in this process and as a rank of the group, told on a console.
 
     The one process and the group take turns at every step, so that neither has the machine's cores to share with the other.
     """
-    cores = os.cpu_count() or 1
-    together = Trainer(setup.sizes, device, parallel)
-    if console is None:
-        torch.set_num_threads(max(1, cores // local_ranks))
-        for batch in setup.batches:
-            together.backward(batch)
-            together.update()
-        return None
-
-    alone = Trainer(setup.sizes, device)
+    alone, together = Trainer(setup.sizes, device), Trainer(setup.sizes, device, parallel)
     steps: list[Step] = []
     with Telling(setup, device, console) as telling:
         for batch in setup.batches:
-            torch.set_num_threads(cores)
             loss_alone, seconds_alone = alone.timed_backward(batch)
-            torch.set_num_threads(max(1, cores // local_ranks))
             loss_together, seconds_together = together.timed_backward(batch)
             gap, where = largest_difference(together.gradients(), alone.gradients())
             steps.append(Step(loss_alone, loss_together, gap, where, seconds_alone, seconds_together))
@@ -54,6 +50,5 @@ def train(
             alone.update()
             together.update()
     outcome = Outcome(tuple(steps))
-    draw_run(setup, outcome)
     telling.conclude(outcome)
     return outcome

@@ -54,9 +54,10 @@ class Trainer:
             register()
         torch.manual_seed(SEED)
         # Weights are drawn on the CPU, so that they are the same on every device.
-        self.model = LlamaForCausalLM(llama(sizes))
-        self.model.to(device=device)
-        self.model.set_attn_implementation("sdpa" if parallel is None else "weft")
+        model = LlamaForCausalLM(llama(sizes))
+        model.set_attn_implementation("sdpa" if parallel is None else "weft")
+        # transformers' annotation of `to` has lost its self.
+        self.model = model.to(device)  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / WARM_UP))
 
