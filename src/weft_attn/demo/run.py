@@ -20,8 +20,10 @@ def run_group(setup: Setup, device: torch.device) -> bool:
     parallel = ContextParallel(layout="zigzag")
     passed = True
     if parallel.rank == 0:
-        outcome = train_and_compare(setup, device, parallel, Console())
+        telling = Telling(setup, device, Console())
+        outcome = train_and_compare(setup, device, parallel, telling)
         draw_run(setup, outcome)
+        telling.conclude(outcome)
         passed = outcome.passed
     else:
         together = Trainer(setup.sizes, device, parallel)
@@ -33,14 +35,14 @@ def run_group(setup: Setup, device: torch.device) -> bool:
     return bool(verdict.item())
 
 
-def train_and_compare(setup: Setup, device: torch.device, parallel: ContextParallel, console: Console) -> Outcome:
+def train_and_compare(setup: Setup, device: torch.device, parallel: ContextParallel, telling: Telling) -> Outcome:
     """All steps in this process and as a rank of the group, told on a console.
 
     The one process and the group take turns at every step, so that neither has the machine's cores to share with the other.
     """
     alone, together = Trainer(setup.sizes, device), Trainer(setup.sizes, device, parallel)
     steps: list[Step] = []
-    with Telling(setup, device, console) as telling:
+    with telling:
         for batch in setup.batches:
             loss_alone, seconds_alone = alone.timed_backward(batch)
             loss_together, seconds_together = together.timed_backward(batch)
@@ -49,6 +51,4 @@ def train_and_compare(setup: Setup, device: torch.device, parallel: ContextParal
             telling.tell(steps)
             alone.update()
             together.update()
-    outcome = Outcome(tuple(steps))
-    telling.conclude(outcome)
-    return outcome
+    return Outcome(tuple(steps))
