@@ -62,13 +62,17 @@ def test_a_batch_without_rows_or_keys_sees_nothing(sizes: tuple[int, int, int]) 
     assert (plan.total_q, plan.total_k, plan.pairs) == (sizes[0] * sizes[1], sizes[0] * sizes[2], 0)
 
 
-@given(batch=st.integers(1, 3), rows=st.integers(1, 8), keys=st.integers(1, 8), seed=st.integers(0, 2**16), kind=st.integers(0, 3))
+@given(
+    batch=st.integers(1, 3), rows=st.integers(1, 8), keys=st.integers(1, 8), seed=st.integers(0, 2**16), kind=st.integers(0, 3)
+)
 def test_any_mask_becomes_a_plan_of_the_same_cells(batch: int, rows: int, keys: int, seed: int, kind: int) -> None:
     generator = np.random.default_rng(seed)
     distance = np.arange(keys)[None, :] - np.arange(rows)[:, None]
     mask = {
         0: lambda: generator.random((batch, rows, keys)) < generator.random(),
-        1: lambda: (distance <= generator.integers(-3, 5)) & (distance >= -generator.integers(0, 5)) & np.ones((batch, 1, 1), bool),
+        1: lambda: (
+            (distance <= generator.integers(-3, 5)) & (distance >= -generator.integers(0, 5)) & np.ones((batch, 1, 1), bool)
+        ),
         2: lambda: (distance != generator.integers(-2, 3)) & np.ones((batch, 1, 1), bool),  # a hole that moves
         3: lambda: (distance <= 0) ^ (generator.random((batch, rows, keys)) < 0.05),
     }[kind]()

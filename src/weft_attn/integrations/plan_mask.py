@@ -56,48 +56,33 @@ class PlanMask(torch.Tensor):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             name = getattr(func.__self__, "__name__", name)  # type: ignore[attr-defined]
-        if name not in _FACTS | _COPIES | _SAME and not name.startswith(("is_", "_is_")):
+        if name in _SAME:
+            return args[0]
+        if name in _MOVES:
+            return args[0]._moved(func, *args[1:], **(kwargs or {}))
+        if name not in _FACTS and not name.startswith(("is_", "_is_")):
             raise Unsupported(
                 "a mask of attn_implementation='weft' is a plan, it has no cells to compute with: "
                 f"expected it to be passed on to the attention, given a call of {name}"
             )
-        if name in _SAME:
-            return args[0]
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        if name in _COPIES:
-            source = next(x for x in args if isinstance(x, PlanMask))
-            if result.dtype != torch.bool:
-                raise Unsupported(
-                    f"a mask of attn_implementation='weft' stays boolean: expected torch.bool, given {result.dtype}"
-                )
-            result = result.as_subclass(PlanMask)
-            result.mask = source.mask
-        return result
+            return func(*args, **(kwargs or {}))
+
+    def _moved(self, move: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> PlanMask:
+        """The same mask where `move` puts a tensor, none of its cells copied."""
+        element = move(torch.zeros((), dtype=torch.bool, device=self.device), *args, **kwargs)
+        if element.dtype != torch.bool:
+            raise Unsupported(f"a mask of attn_implementation='weft' stays boolean: expected torch.bool, given {element.dtype}")
+        return PlanMask.of(self.mask, self.shape, element.device)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PlanMask({tuple(self.shape)}, {self.mask})"
 
 
-# Names of what may be asked of a mask beside is_*, of what makes another one with the same meaning, and of what would only move its cells.
+# What may be asked of a mask, beside is_*; what moves it; and what would only rearrange its cells.
 _FACTS = frozenset(
-    (
-        *(
-            "shape",
-            "ndim",
-            "dtype",
-            "device",
-            "layout",
-            "size",
-            "stride",
-            "dim",
-            "numel",
-            "nelement",
-            "element_size",
-            "__len__",
-        ),
-        *("requires_grad", "_base", "grad", "grad_fn", "storage_offset", "untyped_storage", "__hash__", "_version"),
-    )
+    ("shape", "ndim", "dtype", "device", "layout", "size", "stride", "dim", "numel", "nelement", "element_size", "__len__")
+    + ("requires_grad", "_base", "grad", "grad_fn", "storage_offset", "untyped_storage", "__hash__", "_version")
 )
-_COPIES = frozenset(("to", "cuda", "cpu", "detach", "alias"))
-_SAME = frozenset(("contiguous", "clone"))
+_MOVES = frozenset(("to", "cuda", "cpu"))
+_SAME = frozenset(("contiguous", "clone", "detach", "alias"))

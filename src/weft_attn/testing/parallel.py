@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,6 +102,11 @@ class RankResults:
     labels: torch.Tensor
     whole: torch.Tensor
 
+    def to(self, device: torch.device | str) -> RankResults:
+        """The same on a device."""
+        moved = Results(**{name: tensor.to(device) for name, tensor in self.results.items()})  # type: ignore[arg-type]
+        return RankResults(moved, self.positions.to(device), self.labels.to(device), self.whole.to(device))
+
 
 def run_case(case: ParallelCase, device: torch.device | str = "cpu", group: Any = None) -> RankResults:
     """A rank's part of a case, collective; fresh memory holds NaN, gathered padding too."""
@@ -134,7 +140,7 @@ def assert_ranks_match_oracle(case: ParallelCase, ranks: Sequence[RankResults]) 
     """Put the ranks' rows together and hold every result to the oracle's, and rows, positions and labels to their definition."""
     cu, world_size = case.cu_seqlens, len(ranks)
     owners = [owned(case.layout, case.lengths, rank, world_size) for rank in range(world_size)]
-    last = {stop - 1 for start, stop in zip(cu[:-1], cu[1:], strict=True) if stop > start}
+    last = {stop - 1 for start, stop in pairwise(cu) if stop > start}
     for rank, (rows, found) in enumerate(zip(owners, ranks, strict=True)):
         tokens = [cu[d] + t for d, t in rows]
         assert found.positions.tolist() == [t for _, t in rows], f"positions of rank {rank}"
@@ -150,7 +156,7 @@ def _joined(ranks: Sequence[Results], order: torch.Tensor) -> Results:
     """All ranks' rows in the batch's order; dsinks summed."""
 
     def joined(name: str) -> torch.Tensor | None:
-        parts = [getattr(rank, name).cpu() for rank in ranks if getattr(rank, name) is not None]
+        parts = [getattr(rank, name) for rank in ranks if getattr(rank, name) is not None]
         if not parts:
             return None
         if name == "dsinks":

@@ -1,0 +1,188 @@
+"""Tiny models of transformers with random weights, and how they are compared.
+
+The oracle is the same model in float64 under `exact_attention`: eager gives NaN in float64 where a row sees no key. The baseline
+is the model in float32 under eager.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers.masking_utils import sdpa_mask
+
+from weft_attn.integrations.transformers import register
+from weft_attn.testing.compare import assert_close_to_oracle
+
+transformers.logging.set_verbosity_error()
+register()
+
+
+def all_cells(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask as transformers computes it, never left out."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+def exact_attention(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: Any = None, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """By definition; a row that sees no key gives 0."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if options.get("softcap") is not None:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
+    scores = scores.masked_fill(~mask, -1e30)
+    sinks = options.get("s_aux")
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    probs = torch.softmax(scores, dim=-1)[..., : k.shape[2]] * mask
+    return (probs @ v).transpose(1, 2).contiguous(), None
+
+
+transformers.AttentionInterface.register("exact", exact_attention)
+transformers.AttentionMaskInterface.register("exact", all_cells)
+
+VOCABULARY = 61
+SHARED = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    eos_token_id=None,
+    bos_token_id=1,
+)
+ALTERNATING = ["sliding_attention", "full_attention"]
+
+
+def _llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHARED))
+
+
+def _mistral() -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**SHARED, sliding_window=5))
+
+
+def _qwen3() -> Any:
+    config = transformers.Qwen3Config(**SHARED, sliding_window=6, use_sliding_window=True, layer_types=ALTERNATING)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def _gemma2() -> Any:
+    config = transformers.Gemma2Config(
+        **SHARED, sliding_window=5, layer_types=ALTERNATING, attn_logit_softcapping=2.0, query_pre_attn_scalar=9
+    )
+    return transformers.Gemma2ForCausalLM(config)
+
+
+def _gemma3() -> Any:
+    config = transformers.Gemma3TextConfig(**SHARED, sliding_window=4, layer_types=ALTERNATING, query_pre_attn_scalar=11)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _gpt_oss() -> Any:
+    config = transformers.GptOssConfig(
+        **SHARED, sliding_window=5, layer_types=ALTERNATING, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.GptOssForCausalLM(config)
+    model.set_experts_implementation("eager")  # the grouped product has no float64
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.randn(4))
+    return model
+
+
+def _llama4() -> Any:
+    config = transformers.Llama4TextConfig(
+        **SHARED,
+        attention_chunk_size=6,
+        layer_types=["chunked_attention", "full_attention"],
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        interleave_moe_layer_step=10,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt_oss": _gpt_oss,
+    "llama4": _llama4,
+}
+
+
+def bert() -> Any:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+    return made(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{name: SHARED[name] for name in names})).eval())
+
+
+def bart() -> Any:
+    """An encoder and a decoder with cross attention."""
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    return made(lambda: transformers.BartForConditionalGeneration(config).eval())
+
+
+def made(build: Callable[[], Any]) -> Any:
+    """A model with weights of one seed, far enough from zero that attention is not flat."""
+    torch.manual_seed(0)
+    model = build()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.mul_(4)
+    return model
+
+
+def decoder(name: str) -> Any:
+    return made(DECODERS[name]).eval()
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: Any, attention: str, inputs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits, and gradients of the loss by parameter."""
+    model.set_attn_implementation(attention)
+    model.zero_grad()
+    output = model(**inputs)
+    output.loss.backward()
+    grads = {name: x.grad.detach().clone() for name, x in model.named_parameters() if x.grad is not None}
+    return output.logits.detach(), grads
+
+
+def assert_as_eager(model: Any, counted: torch.Tensor | None = None, **inputs: Any) -> None:
+    """Logits of the counted tokens and every gradient, against the oracle, no worse than eager allows."""
+    oracle = run(copy.deepcopy(model).double(), "exact", inputs)
+    eager = run(model, "eager", inputs)
+    weft = run(model, "weft", inputs)
+    rows = torch.ones_like(weft[0][..., 0], dtype=torch.bool) if counted is None else counted
+    assert_close_to_oracle("logits", *(logits[rows] for logits in (weft[0], oracle[0], eager[0])))
+    assert weft[1].keys() == oracle[1].keys()
+    # Gradients that are zero but for rounding (a key's bias) are measured against the others.
+    typical = max(float(grad.square().mean().sqrt()) for grad in oracle[1].values())
+    for name, grad in weft[1].items():
+        assert_close_to_oracle(name, grad, oracle[1][name], eager[1][name], smallest=typical / 10)
