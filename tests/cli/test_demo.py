@@ -100,6 +100,7 @@ def test_one_gpu_does_not_hold_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(Unsupported, match="a GPU of its own"):
         Setup.of(Options(device="cuda", world_size=2, steps=1))
     assert not Setup.of(Options(steps=1)).on_gpu
+    assert Setup.of(Options(steps=1, world_size=8), local_ranks=1).on_gpu, "one on each of eight machines"
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(2, 2), (3, 3), (8, 4)])

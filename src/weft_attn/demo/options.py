@@ -91,16 +91,15 @@ class Setup:
         )
         gpus = torch.cuda.device_count()
         # Two ranks cannot share a GPU under NCCL.
-        on_gpu = options.device == "cuda" or (options.device is None and gpus >= max(2, local_ranks or given or 2))
+        on_gpu = options.device == "cuda" or (options.device is None and gpus >= (local_ranks or given or 2))
         world_size = given or (min(RANKS, max(1, gpus)) if on_gpu else RANKS)
-        if on_gpu:
-            require(
-                gpus >= (local_ranks or world_size),
-                "every rank has a GPU of its own",
-                expected=f">= {local_ranks or world_size} GPUs",
-                given=gpus,
-                error=Unsupported,
-            )
+        require(
+            not on_gpu or gpus >= (local_ranks or world_size),
+            "every rank has a GPU of its own",
+            expected=f">= {local_ranks or world_size} GPUs",
+            given=gpus,
+            error=Unsupported,
+        )
         sizes = GPU_SIZES if on_gpu else CPU_SIZES
         sizes = replace(sizes, tokens=options.tokens or sizes.tokens)
         batches = tuple(pack_batches(options.documents, sizes.tokens, options.steps))
