@@ -57,14 +57,14 @@ def test_the_demo_trains_on_ranks_and_passes(weft: Weft, tmp_path: Path) -> None
 
 
 def test_torchrun_starts_the_same_demo(tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_bytes(b"some words of a document " * 3)
+    (tmp_path / "words[1].txt").write_bytes(b"some words of a document " * 3)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "weft_attn.demo"]
-    command = [sys.executable, "-m", *launcher, "--steps", "2", "--tokens", "40", "--device", "cpu", "words.txt"]
+    command = [sys.executable, "-m", *launcher, "--steps", "2", "--tokens", "40", "--device", "cpu", "words[1].txt"]
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASS") == 3 + 1, "one rank speaks"
-    assert "of words.txt" in done.stdout
+    assert "of words[1].txt" in done.stdout
 
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])

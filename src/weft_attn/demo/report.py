@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -148,7 +149,7 @@ class Telling:
         )
         if not self.setup.on_gpu:
             self.console.print("On a CPU attention is Weft's reference; `weft check` runs the kernels here.", style="dim")
-        self.console.print(f"picture: {self.setup.picture}", soft_wrap=True)
+        self.console.print(f"picture: {self.setup.picture}", soft_wrap=True, markup=False)
         what = "both runs are one training" if outcome.passed else "the runs differ by more than rounding"
         self.console.print(f"{_verdict(outcome.passed)}  {what}  ({time.monotonic() - self.begin:.0f} s)")
 
@@ -157,7 +158,7 @@ class Telling:
         documents = sum(len(batch.documents) for batch in setup.batches)
         self.console.print(
             f"[bold]{len(setup.batches)} batches of {sizes.tokens:,} tokens[/] (bytes), {documents} packed documents of "
-            f"{setup.batches[0].source}"
+            f"{escape(setup.batches[0].source)}"
         )
         self.console.print(
             f"a Llama of transformers: {sizes.layers} layers, {sizes.heads} query heads, {sizes.kv_heads} KV heads, head dim "
