@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import transformers
 from transformers.masking_utils import sdpa_mask
 
+import weft_attn as weft
 from weft_attn.integrations.transformers import register
 from weft_attn.testing.compare import assert_close_to_oracle
 
@@ -186,3 +188,50 @@ def assert_as_eager(model: Any, counted: torch.Tensor | None = None, **inputs: A
     typical = max(float(grad.square().mean().sqrt()) for grad in oracle[1].values())
     for name, grad in weft[1].items():
         assert_close_to_oracle(name, grad, oracle[1][name], eager[1][name], smallest=typical / 10)
+
+
+# ---- context parallelism --------------------------------------------------------------------------------------------------
+
+
+def loss_of(logits: torch.Tensor, labels: torch.Tensor, counted: int) -> torch.Tensor:
+    """This rank's part of the mean over the batch's counted labels."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / counted
+
+
+def steps_on_rank(rank: int, world_size: int, cases: list[tuple[str, str, bool]], cu_seqlens: list[int]) -> list[Any]:
+    """(logits of the whole batch, gradients summed over ranks) of each (model, layout, checkpointed) under context parallelism."""
+    results = []
+    for name, layout, checkpointed in cases:
+        cp = weft.ContextParallel(layout=layout, debug=True)
+        model = decoder(name)
+        model.set_attn_implementation("weft")
+        if checkpointed:
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        ids = tokens(1, cu_seqlens[-1])[0]
+        with cp.batch(cu_seqlens):
+            local = cp.shard(cu_seqlens, ids)[None]
+            logits = model(local, position_ids=cp.position_ids(cu_seqlens)[None], use_cache=False).logits[0]
+            loss = loss_of(logits, cp.shift_labels(cu_seqlens, ids), counted_labels(cu_seqlens))
+        loss.backward()
+        for parameter in model.parameters():
+            torch.distributed.all_reduce(parameter.grad)
+        grads = {name: x.grad for name, x in model.named_parameters()}
+        results.append((cp.unshard(cu_seqlens, logits.detach()), grads))
+    return results
+
+
+def counted_labels(cu_seqlens: list[int]) -> int:
+    lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
+    return sum(max(length - 1, 0) for length in lengths)
+
+
+def step_in_one_process(name: str, attention: str, dtype: torch.dtype, cu_seqlens: list[int]) -> tuple[torch.Tensor, Any]:
+    """The same on one process, one document at a time."""
+    model = decoder(name).to(dtype)
+    model.set_attn_implementation(attention)
+    ids = tokens(1, cu_seqlens[-1])
+    cp = weft.ContextParallel()
+    logits = torch.cat([model(ids[:, start:stop]).logits[0] for start, stop in pairwise(cu_seqlens)])
+    loss_of(logits, cp.shift_labels(cu_seqlens, ids[0]), counted_labels(cu_seqlens)).backward()
+    return logits.detach(), {name: x.grad for name, x in model.named_parameters()}

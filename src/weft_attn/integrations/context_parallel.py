@@ -5,30 +5,25 @@ A rank's rows are one sequence of local rows, (1, T_local). What the model may s
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 
-from weft_attn.errors import InvalidInput, Unsupported, require
+from weft_attn.distributed.context_parallel import ActiveBatch
+from weft_attn.errors import Unsupported, require
 from weft_attn.integrations.mask_functions import Asked, host_padding, recognise
 from weft_attn.integrations.plan_mask import Mask, Window
+from weft_attn.integrations.positions import PositionRule
 
 
-def current_batch() -> Any | None:
-    """The batch that is active here, or None. Where nobody has imported context parallelism there is none."""
-    module = sys.modules.get("weft_attn.distributed.context_parallel")
-    return None if module is None else module.current_batch()
-
-
-def mask_of_batch(batch: Any, asked: Asked) -> Mask:
+def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
     """The band that a model asks for inside a batch; anything else that it asks for is refused.
 
-    Host reads: the position ids, once, where documents are cut so that positions jump.
+    Host reads: the position ids, once; by the first layer where the mask has not seen them.
 
     Raises:
         Unsupported: a KV cache, a batch size other than 1, padding, a mask that is no causal or sliding-window one.
-        InvalidInput: the position ids are not the batch's.
+        InvalidInput: the rows or the position ids are not the batch's.
     """
     if asked.rows != asked.keys or asked.row_offset or asked.key_offset:
         raise Unsupported(
@@ -45,31 +40,21 @@ def mask_of_batch(batch: Any, asked: Asked) -> Mask:
             "models inside a context-parallel batch are decoders with causal or sliding-window layers: "
             "expected such a mask, given another one"
         )
-    _check_positions(batch, pattern.positions, asked.rows)
-    return Mask(None, pattern.window, batch=batch)
-
-
-def _check_positions(batch: Any, positions: torch.Tensor | None, rows: int) -> None:
-    """The model turns its rows by the positions of the documents, not by those of the shard."""
-    expected = batch.parallel.position_ids(batch.cu_seqlens).cpu()
+    expected = batch.parallel.position_ids(batch.cu_seqlens)
     require(
-        len(expected) == rows,
+        len(expected) == asked.rows,
         "a model inside a context-parallel batch gets the rank's rows",
         expected=f"{len(expected)} rows, as shard(cu_seqlens, x) gives",
-        given=rows,
+        given=asked.rows,
     )
-    # transformers shows positions to a mask only where they jump, and where there is no cache and no padding mask.
-    given = torch.arange(rows) + (expected[:1] if rows else 0) if positions is None else positions.reshape(-1).cpu()
-    if not torch.equal(given, expected.to(given.dtype)):
-        raise InvalidInput(
-            "a model inside a context-parallel batch counts positions inside the documents: expected "
-            "position_ids=cp.position_ids(cu_seqlens)[None], use_cache=False and no attention_mask, given "
-            + ("other positions" if positions is not None else "a cache, an attention_mask or positions that never jump")
-        )
+    rule = PositionRule(expected)
+    if pattern.positions is not None:
+        rule.look(pattern.positions)
+    return Mask(None, pattern.window, batch=batch, positions=rule)
 
 
 def attend(
-    batch: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, options: dict[str, Any]
+    batch: ActiveBatch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, options: dict[str, Any]
 ) -> torch.Tensor:
     """(1, T_local, H, D) under the batch's plan, the layer's band and its options; (1, T_local, Hq, Dv)."""
     if q.shape[0] != 1:
@@ -77,7 +62,6 @@ def attend(
     left, right = window
     causal = right == 0
     bounds = (left, None) if causal else (left, right)
-    out: torch.Tensor = batch.attention(
-        q[0], k[0], v[0], causal=causal, window=None if bounds == (None, None) else bounds, **options
-    )
+    out = batch.attention(q[0], k[0], v[0], causal=causal, window=None if bounds == (None, None) else bounds, **options)
+    assert isinstance(out, torch.Tensor)
     return out[None]

@@ -20,6 +20,7 @@ from weft_attn.errors import Unsupported, require
 from weft_attn.integrations import masks
 from weft_attn.integrations.masks import BoolArray, IntArray, Window
 from weft_attn.integrations.plan_mask import Mask
+from weft_attn.integrations.positions import PositionRule
 from weft_attn.plan import Plan
 
 # Cells of a mask that are read one by one: 2**27 bools are 128 MiB, and about a second on the host.
@@ -164,7 +165,9 @@ def to_mask(asked: Asked) -> Mask:
     visible = host_padding(asked)
     shift = asked.row_offset - asked.key_offset
     if pattern.packed is None and pattern.chunk is None and visible is None:
-        return Mask(masks.band(asked.batch, asked.rows, asked.keys, shift, pattern.window), pattern.window, is_plain=True)
+        plan = masks.band(asked.batch, asked.rows, asked.keys, shift, pattern.window)
+        one_document = asked.padding is None and pattern.right == 0 and asked.rows == asked.keys and asked.row_offset == 0
+        return Mask(plan, pattern.window, is_plain=True, positions=PositionRule(None) if one_document else None)
     segments = _segments(pattern, asked)
     if not all(masks.are_segments(numbers) for numbers in segments):
         return Mask(_evaluated(asked), None)

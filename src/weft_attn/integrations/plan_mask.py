@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
+from weft_attn.distributed.context_parallel import ActiveBatch
 from weft_attn.errors import Unsupported
+from weft_attn.integrations.positions import PositionRule
 from weft_attn.plan import Plan
 
 Window = tuple[int | None, int | None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """Who attends to whom in one kind of layer, for one forward of a model.
 
@@ -25,12 +27,14 @@ class Mask:
         is_plain: whole sequences, no padding and no segments.
         batch: the context-parallel batch that was active. Kept here because a checkpointed layer runs again in the backward,
             perhaps in another thread and after the batch's scope.
+        positions: what a layer's position ids must be, where the mask has not seen them; None: anything.
     """
 
     plan: Plan | None
     window: Window | None
     is_plain: bool = False
-    batch: Any | None = None
+    batch: ActiveBatch | None = None
+    positions: PositionRule | None = None
 
 
 class PlanMask(torch.Tensor):

@@ -10,8 +10,9 @@ beside it must agree. Rows that see no key, which are rows of padding, give 0.
 
 Inside `ContextParallel.batch` the hidden states are a rank's local rows, (1, T_local); see `context_parallel.py`.
 
-Host reads per forward: one copy of the padding mask for each kind of layer, where there is one; one of the packed positions, where
-there are some; the filled length of a static cache. Without these, none. `torch.compile` breaks its graph at both functions.
+Host reads per forward, for each kind of layer: one copy of the padding mask, where there is one; one of the packed positions, where
+there are some, else whether position ids jump, where layers get them and nothing is cached; the filled length of a static cache.
+`torch.compile` breaks its graph at both functions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from weft_attn.api import plan_attention
+from weft_attn.distributed.context_parallel import ActiveBatch, current_batch
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.integrations import context_parallel, masks
 from weft_attn.integrations.documents import documents_plan
@@ -46,10 +48,8 @@ HARMLESS = frozenset(
         "output_hidden_states",
         "output_router_logits",
         "position_embeddings",
-        "position_ids",
         "return_dict",
         "shift_labels",
-        "use_cache",
     )
 )
 
@@ -125,7 +125,7 @@ def make_mask(
     asked = Asked(
         batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, use_vmap, device
     )
-    batch = context_parallel.current_batch()
+    batch = current_batch()
     mask = to_mask(asked) if batch is None else context_parallel.mask_of_batch(batch, asked)
     return PlanMask.of(mask, (batch_size, 1, q_length, kv_length), device)
 
@@ -153,6 +153,8 @@ def attention_forward(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    position_ids: torch.Tensor | None = None,
+    use_cache: bool | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, as `AttentionInterface` asks for it.
@@ -168,6 +170,8 @@ def attention_forward(
         softcap, s_aux: bound of the scores, and (Hq,) sink logits.
         is_causal: read where there is no mask.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents of a batch of one, as for flash attention.
+        position_ids: queries and keys are rotated already; looked at where a mask has not seen them (see `positions.py`).
+        use_cache: False inside a context-parallel batch.
         output_attentions: weights are never formed, True is refused.
 
     Returns:
@@ -183,19 +187,28 @@ def attention_forward(
     if dropout and getattr(module, "training", True):
         raise Unsupported(f"attention has no dropout: expected attention_dropout=0 in training, given {dropout}")
     q, k, v = (x.transpose(1, 2) for x in _autocast(query, key, value))
-    options: dict[str, Any] = {"softmax_scale": scaling, "softcap": 0.0 if softcap is None else softcap, "sinks": s_aux}
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "softcap": 0.0 if softcap is None else softcap,
+        "sinks": s_aux,
+        "deterministic": bool(deterministic),
+    }
     sizes = (q.shape[0], q.shape[1], k.shape[1])
     flash = PackedKwargs(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    batch = context_parallel.current_batch()
+    batch = current_batch()
     if isinstance(attention_mask, PlanMask):
         batch = _checked_batch(attention_mask, sizes, sliding_window, batch)
+        if attention_mask.mask.positions is not None and not flash.given:
+            attention_mask.mask.positions.look(position_ids)
     if batch is not None:
+        if use_cache:
+            raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
         window = _window_in_batch(attention_mask, causal, sliding_window, flash)
         return context_parallel.attend(batch, q, k, v, window, options), None
     plan = _plan(attention_mask, sizes, causal, sliding_window, flash)
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    out = plan_attention(flat_q, flat_k, flat_v, plan, deterministic=bool(deterministic), **options)
+    out = plan_attention(flat_q, flat_k, flat_v, plan, **options)
     assert isinstance(out, torch.Tensor)
     return out.view(*q.shape[:3], v.shape[3]), None
 
@@ -231,7 +244,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x.to(torch.get_autocast_dtype(kind)) for x in tensors)
 
 
-def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, active: Any | None) -> Any | None:
+def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, active: ActiveBatch | None) -> ActiveBatch | None:
     """The context-parallel batch that a mask was made in, after what the layer says beside it has been compared with it."""
     given = tuple(mask.shape)
     require(given == (sizes[0], 1, *sizes[1:]), "queries and keys fit the mask", expected=given, given=sizes)

@@ -1,0 +1,57 @@
+"""Position ids beside a mask that has not seen them: packed documents must not pass for one, nor a shard for a document.
+
+transformers shows position ids to a mask only where a model hands them on, and where there is neither a cache nor a padding mask.
+Layers get them in any case, and look here before they attend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from weft_attn.errors import InvalidInput
+
+
+@dataclass
+class PositionRule:
+    """What the position ids of a forward must be; the first layer that attends looks, the others take its word.
+
+    Attributes:
+        expected: (rows,) on the CPU; None: any that count up by one in each sequence.
+        looked: whether a layer has looked.
+    """
+
+    expected: torch.Tensor | None
+    looked: bool = False
+
+    def look(self, positions: torch.Tensor | None) -> None:
+        """Compare a layer's (B or 1, rows) position ids. Copies them, or one answer about them, to the host.
+
+        Raises:
+            InvalidInput: they break the rule; or there are none to see where only those of one document could be guessed.
+        """
+        if self.looked:
+            return
+        if self.expected is not None:
+            self._look_in_batch(self.expected, positions)
+        elif positions is not None and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any()):
+            raise InvalidInput(
+                "packed documents are in the mask: expected position_ids that count up by one, or use_cache=False with a model that "
+                "shows them to its mask, or cu_seq_lens_q and cu_seq_lens_k, or an attention_mask of ones to attend across all "
+                "tokens, given position_ids that jump"
+            )
+        self.looked = True
+
+    @staticmethod
+    def _look_in_batch(expected: torch.Tensor, positions: torch.Tensor | None) -> None:
+        if positions is None:
+            given = torch.arange(len(expected)) + (expected[:1] if len(expected) else 0)
+        else:
+            given = positions.reshape(-1).cpu()
+        if not torch.equal(given, expected.to(given.dtype)):
+            raise InvalidInput(
+                "a model inside a context-parallel batch counts positions inside the documents: "
+                "expected position_ids=cp.position_ids(cu_seqlens)[None], given "
+                + ("none that its layers show" if positions is None else "others")
+            )

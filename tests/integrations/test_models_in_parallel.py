@@ -1,0 +1,151 @@
+"""Models inside `ContextParallel.batch`: two processes give what one gives, and what cannot be said there is refused."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from models import decoder, step_in_one_process, steps_on_rank, tokens
+
+import weft_attn as weft
+from weft_attn.errors import InvalidInput, Unsupported, WeftError
+from weft_attn.integrations.transformers import attention_forward, make_mask
+from weft_attn.testing.compare import assert_close_to_oracle
+from weft_attn.testing.ranks import run_ranks
+
+# Documents of odd lengths, one of one token, one shorter than the ranks' chunks.
+CU_SEQLENS = [0, 17, 18, 21, 34]
+CASES = [("llama", "zigzag", False), ("gemma3", "zigzag", True), ("gemma2", "striped", False), ("gpt_oss", "contiguous", False)]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[list[Any]]:
+    return run_ranks(steps_on_rank, 2, CASES, CU_SEQLENS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_two_processes_give_the_logits_and_gradients_of_one(case: tuple[str, str, bool], ranks: list[list[Any]]) -> None:
+    oracle = step_in_one_process(case[0], "exact", torch.float64, CU_SEQLENS)
+    eager = step_in_one_process(case[0], "eager", torch.float32, CU_SEQLENS)
+    typical = max(float(grad.square().mean().sqrt()) for grad in oracle[1].values())
+    for of_rank in ranks:
+        logits, grads = of_rank[CASES.index(case)]
+        assert_close_to_oracle("logits", logits, oracle[0], eager[0])
+        for name, grad in grads.items():
+            assert_close_to_oracle(name, grad, oracle[1][name], eager[1][name], smallest=typical / 10)
+
+
+# ---- refusals, on one process ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama() -> Any:
+    model = decoder("llama")
+    model.set_attn_implementation("weft")
+    return model
+
+
+CP = weft.ContextParallel()
+POSITIONS = CP.position_ids(CU_SEQLENS)[None]
+IDS = tokens(1, 34)
+INPUTS: dict[str, Any] = dict(input_ids=IDS, position_ids=POSITIONS, use_cache=False)
+
+
+def test_a_batch_of_one_rank_is_the_packed_batch(llama: Any) -> None:
+    expected = llama(**INPUTS).logits
+    with CP.batch(CU_SEQLENS):
+        assert torch.equal(llama(**INPUTS).logits, expected)
+        assert torch.equal(llama(**INPUTS, attention_mask=torch.ones(1, 34)).logits, expected)
+    assert torch.equal(llama(**INPUTS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(position_ids=None), "position"),
+        (dict(position_ids=torch.arange(34)[None]), "position"),
+        (dict(position_ids=POSITIONS.roll(1, dims=1)), "position"),
+        (dict(use_cache=True), "use_cache=False"),
+        (dict(attention_mask=(torch.arange(34) < 30)[None]), "padding"),
+        (dict(attention_mask=torch.ones(1, 1, 34, 34, dtype=torch.bool)), "attention_mask"),
+        (dict(input_ids=IDS[:, :30], position_ids=POSITIONS[:, :30]), "rank's rows"),
+        (dict(input_ids=IDS.expand(2, -1)), "batch size 1"),
+        (dict(cu_seq_lens_q=torch.tensor(CU_SEQLENS), cu_seq_lens_k=torch.tensor(CU_SEQLENS)), "cu_seq_lens"),
+        (dict(output_attentions=True), "weights"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_what_a_batch_does_not_know_is_refused(llama: Any, changed: dict[str, Any], said: str) -> None:
+    with CP.batch(CU_SEQLENS), pytest.raises(WeftError, match=said):
+        llama(**{**INPUTS, **changed})
+
+
+def test_positions_are_looked_at_by_the_layers_of_a_model_that_does_not_show_them_to_its_mask() -> None:
+    model = decoder("gpt_oss")
+    model.set_attn_implementation("weft")
+    with CP.batch(CU_SEQLENS):
+        model(**INPUTS)
+        with pytest.raises(InvalidInput, match="position"):
+            model(IDS, use_cache=False)
+        with pytest.raises(Unsupported, match="use_cache"):
+            model(**{**INPUTS, "use_cache": True})
+
+
+def test_a_cache_that_holds_keys_is_refused(llama: Any) -> None:
+    cache = llama(IDS[:, :5], use_cache=True).past_key_values
+    with CP.batch([0, 6]), pytest.raises(Unsupported, match="KV cache"):
+        llama(IDS[:, 5:11], past_key_values=cache)
+    static = transformers.StaticCache(config=llama.config, max_cache_len=40)
+    with CP.batch([0, 34]), pytest.raises(Unsupported, match="KV cache"):
+        llama(IDS, past_key_values=static)
+
+
+def test_chunked_layers_and_encoders_are_refused() -> None:
+    model = decoder("llama4")
+    model.set_attn_implementation("weft")
+    with CP.batch(CU_SEQLENS), pytest.raises(Unsupported, match="sliding-window layers"):
+        model(**INPUTS)
+    with CP.batch([0, 4]), pytest.raises(Unsupported, match="decoders"):
+        make_mask(1, 4, 4, mask_function=transformers.masking_utils.bidirectional_mask_function)
+
+
+def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:
+    q, k = torch.randn(1, 4, 4, 16), torch.randn(1, 2, 4, 16)
+    layer = SimpleNamespace(training=False)
+    with CP.batch([0, 4]):
+        inside = make_mask(1, 4, 4)
+        expected, _ = attention_forward(layer, q, k, k, inside)
+    outside = make_mask(1, 4, 4)
+    with CP.batch([0, 4]), pytest.raises(InvalidInput, match="made in"):
+        attention_forward(layer, q, k, k, outside)
+    with CP.batch([0, 4]), pytest.raises(InvalidInput, match="made in"):
+        attention_forward(layer, q, k, k, inside)
+    # As in a checkpoint's recomputation, after the block has ended.
+    assert torch.equal(attention_forward(layer, q, k, k, inside)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(softcap=0.5), dict(scaling=0.3), dict(s_aux=torch.randn(4)), dict(sliding_window=2)], ids=str
+)
+def test_a_layers_options_reach_the_batch(options: dict[str, Any]) -> None:
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    layer = SimpleNamespace(training=False, is_causal=True)
+    plain, _ = attention_forward(layer, q, k, k, None)
+    expected, _ = attention_forward(layer, q, k, k, None, **options)
+    with CP.batch([0, 9]):
+        found, _ = attention_forward(layer, q, k, k, None, **options)
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, plain)
+
+
+def test_a_layer_that_is_not_causal_sees_the_whole_document() -> None:
+    q, k = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16)
+    layer = SimpleNamespace(training=False, is_causal=False)
+    cu_seqlens = [0, 4, 9]
+    with CP.batch(cu_seqlens):
+        found, _ = attention_forward(layer, q, k, k, None)
+    packed = (x[0].transpose(0, 1) for x in (q, k, k))
+    assert torch.equal(found[0], weft.varlen_attention(*packed, cu_seqlens, cu_seqlens))
