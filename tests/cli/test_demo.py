@@ -103,6 +103,12 @@ def test_one_gpu_does_not_hold_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Non
     assert Setup.of(Options(steps=1, world_size=8), local_ranks=1).on_gpu, "one on each of eight machines"
 
 
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(Unsupported, match=r"weft-attn\[demo\], given no matplotlib"):
+        Setup.of(Options(steps=1))
+
+
 @pytest.mark.parametrize(("gpus", "ranks"), [(2, 2), (3, 3), (8, 4)])
 def test_several_gpus_are_used(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

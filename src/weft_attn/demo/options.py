@@ -74,19 +74,19 @@ class Setup:
 
         Raises:
             InvalidInput: an option that is out of range, or documents without enough bytes.
-            Unsupported: no such device, fewer GPUs than ranks, or no transformers.
+            Unsupported: no such device, fewer GPUs than ranks, or a package of the extra `demo` is missing.
         """
         given = options.world_size
         require(given is None or given >= 1, "ranks are counted", expected=">= 1", given=given)
         require(options.steps >= 1, "steps are counted", expected=">= 1", given=options.steps)
         require(options.tokens is None or options.tokens >= 2, "tokens predict the next", expected=">= 2", given=options.tokens)
         require(options.device in (None, "cpu", "cuda"), "devices are named", expected="cpu or cuda", given=options.device)
-        found = importlib.util.find_spec("transformers")
+        missing = [name for name in ("transformers", "matplotlib") if importlib.util.find_spec(name) is None]
         require(
-            found is not None,
-            "the demo trains a model of transformers",
+            not missing,
+            "the demo trains a model of transformers and draws with matplotlib",
             expected="the extra weft-attn[demo]",
-            given="none",
+            given=f"no {' and no '.join(missing)}",
             error=Unsupported,
         )
         gpus = torch.cuda.device_count()
