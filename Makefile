@@ -43,7 +43,7 @@ $(OLD_TRITON_DIR)/installed: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-deps --target $(OLD_TRITON_DIR) $(foreach r,$(OLD_TRITON),'$(r)')
 	touch $@
 
-demo: install ## packed documents over four zigzag ranks, checked against one device, drawn
+demo: install ## train a small Llama in one process and on four context-parallel ranks, compare and draw them
 	$(VENV)/bin/weft demo
 
 test: install $(OLD_TRITON_DIR)/installed ## every check that needs no GPU; the last line is the count

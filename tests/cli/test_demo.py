@@ -1,98 +1,78 @@
-"""The demo shows what it says: real documents, every rank through the kernels, the same as one device, or a failure."""
+"""The demo trains twice and holds the two trainings to each other: honest ones pass, and a planted error fails."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from weft_attn.cli.main import main
-from weft_attn.demo import report
-from weft_attn.demo.documents import Document, Pack, pack_documents
-from weft_attn.demo.ranks import RankResult, Sizes, ZigzagRanks, project, rank_tokens
-from weft_attn.demo.report import Checks, compare
-from weft_attn.errors import InvalidInput
-from weft_attn.plan import Plan
-from weft_attn.plan.layouts import Zigzag
-from weft_attn.testing.cases import Inputs
+from weft_attn.demo import launch
+from weft_attn.demo.documents import Document, Pack, pack_batches
+from weft_attn.demo.launch import RankFailed, start_ranks
+from weft_attn.demo.options import Options, Setup, Sizes
+from weft_attn.demo.report import Outcome, Step
+from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.testing.ranks import run_ranks
 
-SIZES = Sizes(tokens=90, heads=2, kv_heads=1, head_dim=16, dtype=torch.bfloat16)
-CPU = torch.device("cpu")
-LENGTHS = (37, 0, 3, 50)
-
-
-def make_pack() -> Pack:
-    bytes_of = np.random.default_rng(0)
-    documents = [Document(f"{n}.txt", bytes_of.integers(0, 256, n).astype(np.uint8)) for n in LENGTHS]
-    return Pack(tuple(documents), 0, "a test")
+Weft = Callable[..., subprocess.CompletedProcess[str]]
+SIZES = Sizes(tokens=61, layers=2, heads=2, kv_heads=1, head_dim=16)
+LENGTHS = (23, 0, 1, 37)
 
 
-def run_ranks(world_size: int = 3) -> tuple[ZigzagRanks, list[RankResult], Inputs]:
-    """The ranks of a small pack on the CPU, where attention is the reference."""
-    pack = make_pack()
-    inputs = project(pack, SIZES, CPU)
-    ranks = ZigzagRanks(inputs, pack.cu_seqlens, world_size)
-    return ranks, [ranks.run(rank) for rank in range(world_size)], inputs
+def make_pack(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> Pack:
+    bytes_of = np.random.default_rng(seed)
+    return Pack(tuple(Document(f"{n}.txt", bytes_of.integers(0, 256, n).astype(np.uint8)) for n in lengths), 0, "a test")
 
 
-def verdicts(checks: Checks) -> dict[str, bool]:
-    found = {f"out {rank}": each.passed for rank, each in enumerate(checks.out)}
-    found |= {f"dq {rank}": each.passed for rank, each in enumerate(checks.dq)}
-    return found | {"dk": checks.dk.passed, "dv": checks.dv.passed}
+def make_setup(world_size: int = 2, steps: int = 2) -> Setup:
+    batches = tuple(make_pack(seed=seed) for seed in range(steps))
+    return Setup(SIZES, batches, world_size, on_gpu=False, picture=Path("unused.png"))
 
 
 # ---- the whole command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_demo_runs_the_kernels_in_the_interpreter_and_passes(
-    weft: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    done = weft("demo", "--device", "cpu", "--tokens", 150, "--ranks", 2, "--picture", "pictures/plan.png")
+def test_the_demo_trains_on_ranks_and_passes(weft: Weft, tmp_path: Path) -> None:
+    done = weft("demo", "--ranks", 2, "--steps", 3, "--tokens", 150, "--device", "cpu", "--picture", "pictures/run.png")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "150 tokens" in done.stdout
-    assert "interpreter" in done.stdout
+    assert "3 batches of 150 tokens" in done.stdout
     assert "the Python standard library" in done.stdout
-    assert done.stdout.count("PASS") == 2 + 2 + 1
+    assert "2 zigzag ranks" in done.stdout
+    assert "tokens/s" in done.stdout
+    assert done.stdout.count("PASS") == 3 + 1
     assert "FAIL" not in done.stdout
-    assert (tmp_path / "pictures" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pictures" / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_own_documents_are_packed_in_the_order_given(
-    weft: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    (tmp_path / "b.txt").write_bytes(b"x" * 20)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.txt").write_bytes(b"some words of a document")
-    (tmp_path / "folder" / "c.txt").write_bytes(b"never reached")
-    done = weft("demo", "--device", "cpu", "--ranks", 1, "--tokens", 40, "--documents", "b.txt", "folder")
+def test_torchrun_starts_the_same_demo(tmp_path: Path) -> None:
+    (tmp_path / "words[1].txt").write_bytes(b"some words of a document " * 3)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "weft_attn.demo"]
+    command = [sys.executable, "-m", *launcher, "--steps", "2", "--tokens", "40", "--device", "cpu", "words[1].txt"]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "b.txt 20, a.txt 20" in done.stdout
-    assert "left out, for room: 1 documents" in done.stdout
+    assert done.stdout.count("PASS") == 3 + 1, "one rank speaks"
+    assert "of words[1].txt" in done.stdout
 
 
-def test_a_wrong_plan_makes_the_demo_fail(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    honest = ZigzagRanks.plan
-
-    def one_key_too_many(self: ZigzagRanks, rank: int) -> Plan:
-        plan = honest(self, rank)
-        first, *others = plan.slices
-        return Plan([replace(first, hi=(first.hi or 0) + 1), *others], plan.total_q, plan.total_k)
-
-    monkeypatch.setattr(report, "choose_device", lambda name: CPU)
-    arguments = ["demo", "--ranks", "2", "--tokens", "200", "--picture", str(tmp_path / "plan.png")]
-    for plan, code, verdict in ((honest, 0, "PASS  every row"), (one_key_too_many, 1, "FAIL  an error exceeds")):
-        monkeypatch.setattr(ZigzagRanks, "plan", plan)
-        with pytest.raises(SystemExit) as end:
-            main(arguments)
-        assert end.value.code == code
-        assert verdict in capsys.readouterr().out
+@pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])
+def test_the_verdict_is_the_exit_code(passed: bool, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "start_ranks", lambda function, world_size, *args: [passed] * world_size)
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--device", "cpu", "--steps", "1"])
+    assert end.value.code == code
 
 
 @pytest.mark.parametrize(
@@ -100,107 +80,202 @@ def test_a_wrong_plan_makes_the_demo_fail(
     [
         (("--documents", "no-such-file"), "no-such-file"),
         (("--ranks", "0"), "ranks are counted"),
-        (("--tokens", "0"), "tokens are counted"),
+        (("--tokens", "1"), "tokens predict the next"),
+        (("--steps", "0"), "steps are counted"),
+        (("--device", "abacus"), "cpu or cuda"),
     ],
 )
-def test_bad_requests_exit_with_2(
+def test_bad_requests_exit_with_2_before_any_process_starts(
     arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "choose_device", lambda name: CPU)
+    monkeypatch.setattr(launch, "start_ranks", lambda *args: pytest.fail("started"))
     with pytest.raises(SystemExit) as end:
         main(["demo", *arguments])
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_process_whose_triton_compiles_cannot_interpret_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    import triton
+def test_one_gpu_does_not_hold_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Unsupported, match="a GPU of its own"):
+        Setup.of(Options(device="cuda", world_size=2, steps=1))
+    assert not Setup.of(Options(steps=1)).on_gpu
+    assert Setup.of(Options(steps=1, world_size=8), local_ranks=1).on_gpu, "one on each of eight machines"
 
-    assert not triton.knobs.runtime.interpret
+
+def test_a_missing_package_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(Unsupported, match=r"weft-attn\[demo\], given no matplotlib"):
+        Setup.of(Options(steps=1))
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(2, 2), (3, 3), (8, 4)])
+def test_several_gpus_are_used(gpus: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    setup = Setup.of(Options(steps=1, tokens=64))
+    assert (setup.world_size, setup.backend) == (ranks, "nccl")
+    assert Setup.of(Options(steps=1, tokens=64, world_size=9)).backend == "gloo"
+
+
+# ---- a rank that fails ----------------------------------------------------------------------------------------------------
+
+ONE_RAISES = """
+import os
+import torch.distributed as dist
+dist.init_process_group("gloo")
+if os.environ["RANK"] == "1":
+    raise ValueError("planted")
+dist.barrier()
+"""
+
+
+def test_the_rank_that_raises_ends_the_run_with_its_error() -> None:
+    with pytest.raises(RankFailed, match="rank 1 failed") as failure:
+        start_ranks(exec, 2, ONE_RAISES)
+    assert "ValueError: planted" in str(failure.value)
+
+
+def test_a_failed_rank_is_told_and_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*args: Any) -> list[Any]:
+        raise RankFailed("rank 3 failed: Traceback ...")
+
+    monkeypatch.setattr(launch, "start_ranks", fail)
     with pytest.raises(SystemExit) as end:
-        main(["demo", "--device", "cpu"])
-    assert end.value.code == 2
-    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+        main(["demo", "--device", "cpu", "--steps", "1"])
+    assert end.value.code == 1
+    assert "rank 3 failed: Traceback" in capsys.readouterr().err
 
 
 # ---- what it compares -----------------------------------------------------------------------------------------------------
 
 
-def test_ranks_agree_with_one_device() -> None:
-    ranks, results, inputs = run_ranks()
-    checks = compare(ranks, results, inputs, SIZES)
-    assert all(verdicts(checks).values())
-    assert checks.passed
+def planted(name: str) -> Any:
+    """An error in what a rank does, as a context; "nothing" is none."""
+    from weft_attn.demo import training
+    from weft_attn.demo.training import Share, Trainer
+
+    share_of, gradients, all_reduce = training.share_of, Trainer.gradients, dist.all_reduce
+
+    def labels_after_the_cut(batch: Pack, parallel: Any) -> Share:
+        share = share_of(batch, parallel)
+        return replace(share, labels=share.ids.roll(-1))
+
+    def another_token(batch: Pack, parallel: Any) -> Share:
+        share = share_of(batch, parallel)
+        return replace(share, ids=share.ids.index_fill(0, torch.tensor([0]), 7))
+
+    def wrong_element(trainer: Trainer) -> dict[str, torch.Tensor]:
+        found = gradients(trainer)
+        if trainer.parallel is not None:
+            # Twice a step: for the reduction and for the comparison.
+            norm = found["model.norm.weight"]
+            norm[3] += 1e-3 * norm.abs().max()
+        return found
+
+    def own_part_only(tensor: torch.Tensor, **options: Any) -> None:
+        if tensor.ndim == 0:
+            all_reduce(tensor, **options)
+
+    def mean_over_ranks(tensor: torch.Tensor, **options: Any) -> None:
+        all_reduce(tensor, **options)
+        tensor /= dist.get_world_size()
+
+    plants: dict[str, tuple[Any, str, Any]] = {
+        "labels shifted after the cut": (training, "share_of", labels_after_the_cut),
+        "another token": (training, "share_of", another_token),
+        "one wrong element of a gradient": (Trainer, "gradients", wrong_element),
+        "gradients that are not summed": (dist, "all_reduce", own_part_only),
+        "a mean of the ranks": (dist, "all_reduce", mean_over_ranks),
+    }
+    stack = ExitStack()
+    if name != "nothing":
+        stack.enter_context(mock.patch.object(*plants[name]))
+    return stack
 
 
-@pytest.mark.parametrize("name", ["out", "dq"])
-def test_one_wrong_row_fails_its_rank_alone(name: str) -> None:
-    ranks, results, inputs = run_ranks()
-    wrong = getattr(results[1], name).clone()
-    wrong[-1] += 0.5
-    results[1] = replace(results[1], **{name: wrong})
-    checks = compare(ranks, results, inputs, SIZES)
-    assert [key for key, passed in verdicts(checks).items() if not passed] == [f"{name} 1"]
-    assert not checks.passed
+PLANTS = (
+    "nothing",
+    "labels shifted after the cut",
+    "another token",
+    "one wrong element of a gradient",
+    "gradients that are not summed",
+    "a mean of the ranks",
+)
 
 
-@pytest.mark.parametrize("name", ["dk", "dv"])
-def test_a_rank_whose_gradient_is_lost_fails_the_sum(name: str) -> None:
-    ranks, results, inputs = run_ranks()
-    results[2] = replace(results[2], **{name: torch.zeros_like(getattr(results[2], name))})
-    checks = compare(ranks, results, inputs, SIZES)
-    assert [key for key, passed in verdicts(checks).items() if not passed] == [name]
-    assert not checks.passed
+def verdicts(rank: int, world_size: int) -> dict[str, bool]:
+    """In a rank: the verdict of a short run with each error planted."""
+    from weft_attn.demo import run
+
+    found = {}
+    with mock.patch.object(run, "draw_run"):
+        for name in PLANTS:
+            with planted(name):
+                found[name] = run.run_group(make_setup(world_size), torch.device("cpu"))
+    return found
 
 
-def test_nan_fails() -> None:
-    ranks, results, inputs = run_ranks()
-    results[0] = replace(results[0], out=results[0].out * float("nan"))
-    assert not compare(ranks, results, inputs, SIZES).passed
+def test_planted_errors_fail_and_their_absence_passes_on_every_rank() -> None:
+    expected = {name: name == "nothing" for name in PLANTS}
+    assert run_ranks(verdicts, 2) == [expected, expected]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_own_every_token_once_and_as_many_as_their_plans(world_size: int) -> None:
-    cu_seqlens = make_pack().cu_seqlens
-    layout = Zigzag.of(cu_seqlens, world_size)
-    owned = [rank_tokens(layout, cu_seqlens, rank) for rank in range(world_size)]
-    assert sorted(np.concatenate(owned).tolist()) == list(range(sum(LENGTHS)))
-    assert [len(tokens) for tokens in owned] == [
-        Plan.zigzag(cu_seqlens, rank, world_size).total_q for rank in range(world_size)
-    ]
+def test_each_bound_can_fail_alone() -> None:
+    honest = Step(3.0, 3.0, 1e-7, "weight", 1.0, 1.0)
+    assert Outcome((honest, honest)).passed
+    for index, wrong in (
+        (0, replace(honest, gradient_gap=1e-3)),
+        (1, replace(honest, gradient_gap=0.1)),
+        (1, replace(honest, gradient_gap=float("nan"))),
+        (1, replace(honest, loss_together=3.001)),
+        (1, replace(honest, loss_together=float("nan"))),
+    ):
+        steps = [honest, honest]
+        steps[index] = wrong
+        assert not Outcome(tuple(steps)).passed, wrong
 
 
-def test_equal_documents_have_equal_keys_whatever_comes_before_them() -> None:
-    tokens = np.frombuffer(b"the same words", dtype=np.uint8)
-    other = Document("other", np.frombuffer(b"others", dtype=np.uint8))
-    pack = Pack((Document("one", tokens), other, Document("again", tokens)), 0, "a test")
-    inputs = project(pack, SIZES, CPU)
-    torch.testing.assert_close(inputs.k[: len(tokens)], inputs.k[-len(tokens) :])
-    torch.testing.assert_close(inputs.v[: len(tokens)], inputs.v[-len(tokens) :])
+def test_the_largest_difference_is_found_wherever_it_is() -> None:
+    from weft_attn.demo.training import largest_difference
+
+    ours = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([[4.0, 0.0]]), "c": torch.zeros(2)}
+    assert largest_difference(ours, ours)[0] == 0
+    for name, wrong, expected in (
+        ("a", torch.tensor([1.0, 2.5]), 0.5 / 2.5),
+        ("b", torch.tensor([[4.0, -1.0]]), 1 / 4),
+        ("c", torch.tensor([0.0, float("nan")]), float("inf")),
+    ):
+        assert largest_difference(ours, {**ours, name: wrong}) == (pytest.approx(expected), name)
+    assert largest_difference(ours, {"a": ours["a"], "b": ours["b"]}) == (float("inf"), "c")
 
 
-# ---- what it packs --------------------------------------------------------------------------------------------------------
+def test_the_one_process_and_a_group_of_one_cut_the_same_labels_and_positions() -> None:
+    from weft_attn.demo.training import labelled, share_of, whole
+    from weft_attn.distributed.context_parallel import ContextParallel
+
+    for lengths in (LENGTHS, (1,), (0, 5, 0), (3, 3)):
+        pack = make_pack(lengths)
+        ours, theirs = whole(pack), share_of(pack, ContextParallel())
+        for name in ("ids", "positions", "labels"):
+            assert getattr(ours, name).tolist() == getattr(theirs, name).tolist(), (lengths, name)
+        assert labelled(pack) == int((ours.labels != -100).sum())
 
 
-@pytest.mark.parametrize("tokens", [150, 1536, 32_768])
-def test_the_standard_library_fills_the_cap_the_same_way_each_time(tokens: int) -> None:
-    one, other = pack_documents([], tokens), pack_documents([], tokens)
-    assert int(one.cu_seqlens[-1]) == tokens
-    assert [d.name for d in one.documents] == [d.name for d in other.documents]
-    assert (one.tokens == other.tokens).all()
-    assert tokens < 1000 or len(one.documents) >= 3
+# ---- what it trains on ----------------------------------------------------------------------------------------------------
 
 
-def test_the_last_document_is_cut_at_the_cap(tmp_path: Path) -> None:
-    for name, text in (("a", b"12345"), ("b", b""), ("c", b"6789"), ("d", b"0")):
+def test_batches_follow_one_another_through_the_documents_and_around(tmp_path: Path) -> None:
+    for name, text in (("a", b"12345"), ("b", b""), ("c", b"6789")):
         (tmp_path / name).write_bytes(text)
-    pack = pack_documents([tmp_path], 7)
-    assert bytes(pack.tokens) == b"1234567"
-    assert pack.cu_seqlens.tolist() == [0, 5, 5, 7]
-    assert pack.left_out == 1
+    packs = pack_batches([tmp_path], 4, 5)
+    assert [bytes(pack.tokens) for pack in packs] == [b"1234", b"5678", b"9123", b"4567", b"8912"]
+    assert packs[1].cu_seqlens.tolist() == [0, 1, 1, 4]
 
 
-def test_documents_without_a_byte_are_refused(tmp_path: Path) -> None:
+def test_documents_with_nothing_to_predict_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(InvalidInput, match="at least one byte"):
-        pack_documents([tmp_path], 10)
+        Setup.of(Options([tmp_path], steps=1))
+    (tmp_path / "one").write_bytes(b"1")
+    with pytest.raises(InvalidInput, match="at least two bytes"):
+        Setup.of(Options([tmp_path], tokens=4, steps=1))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
 
 from weft_attn.errors import Unsupported
 from weft_attn.plan import Plan, Slice
-from weft_attn.plan.draw import EXACT_ROWS, Panel, Span, documents_of, draw_plans, outline
+from weft_attn.plan.draw import EXACT_ROWS, Header, Panel, Span, documents_of, draw_plans, outline
 
 bounds = st.none() | st.integers(-30, 30)
 slices = st.builds(Slice, st.integers(0, 5), st.integers(1, 24), st.integers(0, 5), st.integers(1, 24), bounds, bounds)
@@ -115,3 +116,20 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(Unsupported, match=r"weft-attn\[draw\]"):
         Plan.dense(1, 4, 4).draw(tmp_path / "plan.png")
+
+
+def test_a_header_gets_room_of_its_own_above_the_plans(tmp_path: Path) -> None:
+    found = []
+
+    def draw(left: Axes, right: Axes) -> None:
+        found.extend([left, right])
+
+    plan = Plan.zigzag([0, 40], 0, 2)
+    draw_plans([("plain", plan)], tmp_path / "plain.png")
+    draw_plans([("headed", plan)], tmp_path / "headed.png", header=Header(2.0, draw))
+    left, right = (axes.get_position() for axes in found)
+    assert left.x1 < right.x0
+    assert left.y0 == right.y0
+    (panel,) = [axes.get_position() for axes in found[0].figure.axes if axes not in found]
+    assert panel.y1 < left.y0 < left.y1 < 1
+    assert left.height * found[0].figure.get_figheight() == pytest.approx(2.0)

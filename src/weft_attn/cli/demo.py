@@ -11,18 +11,28 @@ import typer
 def demo(
     more: Annotated[list[Path] | None, typer.Argument(metavar="[PATH]...", help="More paths for --documents.")] = None,
     documents: Annotated[
-        list[Path] | None, typer.Option(help="Files or folders to pack. Default: the Python standard library.")
+        list[Path] | None, typer.Option(help="Files or folders to train on. Default: the Python standard library.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Most tokens to pack. Default: 1,536 on a CPU, 32,768 on a GPU.")] = None,
-    ranks: Annotated[int, typer.Option(help="Context-parallel ranks.")] = 4,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: a GPU if there is one.")] = None,
-    picture: Annotated[Path, typer.Option(help="Where to draw the ranks' plans.")] = Path("out/weft-demo-plan.png"),
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a batch. Default: 1,024 on CPUs, 8,192 on GPUs.")] = None,
+    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 40,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes that share a batch. Default: 4, or fewer with fewer GPUs.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: GPUs where there are several.")] = None,
+    picture: Annotated[Path, typer.Option(help="Where to draw losses and plans.")] = Path("out/weft-demo.png"),
 ) -> None:
-    """Cut packed documents over zigzag ranks, run the kernels, compare with one device, draw the plan."""
-    from rich.console import Console
+    """Train a small Llama on packed documents, in one process and under context parallelism; compare the two.
 
-    from weft_attn.demo.report import Options, run_demo
+    On a cluster: torchrun --nnodes N --nproc-per-node G ... -m weft_attn.demo, with these options.
+    """
+    from weft_attn.demo.launch import RankFailed, run_demo
+    from weft_attn.demo.options import Options
 
     paths = [*(documents or []), *(more or [])]
-    if not run_demo(Options(paths, tokens, ranks, device, picture), Console()):
+    try:
+        passed = run_demo(Options(paths, tokens, steps, ranks, device, picture))
+    except RankFailed as failure:
+        typer.echo(f"weft: {failure}", err=True)
+        raise typer.Exit(1) from None
+    if not passed:
         raise typer.Exit(1)

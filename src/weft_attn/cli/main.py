@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import typer
 
 # Each is a function of its name in the module of its name.
-COMMANDS = ("demo", "doctor", "compile", "bench", "tune", "ablate")
+COMMANDS = ("demo", "check", "doctor", "compile", "bench", "tune", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""The demonstration: real documents, packed, on zigzag ranks, checked against one device."""
+"""Demonstrations on real documents: a training over ranks (`weft demo`), and every rank's kernels (`weft check`)."""

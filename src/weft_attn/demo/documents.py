@@ -1,17 +1,18 @@
-"""Which documents the demo packs, and their bytes as tokens."""
+"""Which documents the demo and the check pack, and their bytes as tokens."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weft_attn.errors import InvalidInput
+from weft_attn.errors import InvalidInput, require
 
 IntArray = NDArray[np.int64]
 
@@ -56,31 +57,81 @@ class Pack:
         return np.concatenate([document.tokens for document in self.documents])
 
 
+@dataclass(frozen=True)
+class Source:
+    """Files in the order in which they are packed, their names, and where they come from in words."""
+
+    files: tuple[Path, ...]
+    names: tuple[str, ...]
+    words: str
+
+    @classmethod
+    def find(cls, paths: Sequence[Path], max_tokens: int) -> Source:
+        """The files under `paths`; without paths, of the standard library, none too long for packs of `max_tokens`.
+
+        Raises:
+            InvalidInput: a path does not exist.
+        """
+        if paths:
+            files = [file for path in paths for file in _files_under(path)]
+            return cls(tuple(files), tuple(file.name for file in files), ", ".join(str(path) for path in paths))
+        root, files = _standard_library(max_tokens)
+        names = (file.relative_to(root).as_posix() for file in files)
+        return cls(tuple(files), tuple(names), "the Python standard library's own source")
+
+    def documents(self) -> Iterator[Document]:
+        for name, file in zip(self.names, self.files, strict=True):
+            yield Document(name, np.frombuffer(file.read_bytes(), dtype=np.uint8))
+
+
 def pack_documents(paths: Sequence[Path], max_tokens: int) -> Pack:
     """Pack the files under `paths`, or of the standard library when there are none, up to `max_tokens`.
 
     Raises:
         InvalidInput: a path does not exist, or the files hold no byte.
     """
-    if paths:
-        files = [file for path in paths for file in _files_under(path)]
-        names = [file.name for file in files]
-        source = ", ".join(str(path) for path in paths)
-    else:
-        root, files = _standard_library(max_tokens)
-        names = [file.relative_to(root).as_posix() for file in files]
-        source = "the Python standard library's own source"
+    source = Source.find(paths, max_tokens)
     documents: list[Document] = []
     room = max_tokens
-    for name, file in zip(names, files, strict=True):
+    for document in source.documents():
         if room == 0:
             break
-        tokens = np.frombuffer(file.read_bytes()[:room], dtype=np.uint8)
-        documents.append(Document(name, tokens))
-        room -= len(tokens)
-    if room == max_tokens:
-        raise InvalidInput(f"documents hold tokens: expected files with at least one byte, given {source}")
-    return Pack(tuple(documents), len(files) - len(documents) if paths else 0, source)
+        documents.append(Document(document.name, document.tokens[:room]))
+        room -= len(documents[-1].tokens)
+    _require_tokens(max_tokens - room, source)
+    return Pack(tuple(documents), len(source.files) - len(documents) if paths else 0, source.words)
+
+
+def pack_batches(paths: Sequence[Path], tokens: int, count: int) -> list[Pack]:
+    """Packs of `tokens` each, one after the other through the files and around again; a document may go on in the next pack.
+
+    Raises:
+        InvalidInput: a path does not exist, or the files hold no byte.
+    """
+    source = Source.find(paths, tokens)
+    _require_tokens(sum(file.stat().st_size for file in source.files), source)
+    stream = itertools.chain.from_iterable(source.documents() for _ in itertools.count())
+    packs: list[Pack] = []
+    documents: list[Document] = []
+    room = tokens
+    while len(packs) < count:
+        document = next(stream)
+        rest = document.tokens
+        # Also an empty file is a document.
+        while True:
+            documents.append(Document(document.name, rest[:room]))
+            rest = rest[room:]
+            room -= len(documents[-1].tokens)
+            if room == 0:
+                packs.append(Pack(tuple(documents), 0, source.words))
+                documents, room = [], tokens
+            if len(rest) == 0:
+                break
+    return packs[:count]
+
+
+def _require_tokens(found: int, source: Source) -> None:
+    require(found > 0, "documents hold tokens", expected="files with at least one byte", given=source.words)
 
 
 def _files_under(path: Path) -> list[Path]:

@@ -1,229 +1,178 @@
-"""The demo from documents to verdict, told on a console."""
+"""What the demo finds, what it demands, and how it tells both on a console."""
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from weft_attn.demo.documents import Pack, pack_documents
-from weft_attn.demo.ranks import (
-    GPU_SIZES,
-    INTERPRETER_SIZES,
-    RankResult,
-    Sizes,
-    ZigzagRanks,
-    choose_device,
-    project,
-)
-from weft_attn.errors import require
-from weft_attn.plan.cost import backward_flops, forward_flops
-from weft_attn.plan.draw import Panel, Span, draw_plans
-from weft_attn.plan.slices import Plan
-from weft_attn.testing.cases import Case, Inputs
-from weft_attn.testing.compare import Budget, blockwise, budget, truncates
+from weft_attn.demo.options import STEPS, Setup
+
+# Bounds of float32, about twenty times what was found. At the first step both have the same parameters, so that gradients differ
+# by one step's rounding. Each update then carries the difference on and makes it larger, for AdamW divides small gradients by
+# their own size: the other bounds are of as many steps as the demo takes by itself.
+LOSS_BOUND = 2e-5
+FIRST_GRADIENT_BOUND = 1e-5
+GRADIENT_BOUND = 1e-2
+BOUND_STEPS = STEPS
+
+LINES = 8
 
 
 @dataclass(frozen=True)
-class Options:
-    """What a caller may choose.
+class Step:
+    """One step of both runs.
 
     Attributes:
-        documents: files and folders to pack; empty: the Python standard library.
-        tokens: most tokens to pack; None: what the device does in about a minute.
-        world_size: ranks.
-        device: "cpu" or "cuda"; None: a GPU if there is one.
-        picture: where the plan's picture goes.
+        loss_alone, loss_together: nats per byte, before the update.
+        gradient_gap: the largest difference of an element of a gradient, as a share of its tensor's largest element.
+        parameter: whose gradient that is.
+        seconds_alone, seconds_together: forward, backward, and the reduction over ranks.
     """
 
-    documents: Sequence[Path] = ()
-    tokens: int | None = None
-    world_size: int = 4
-    device: str | None = None
-    picture: Path = Path("out/weft-demo-plan.png")
+    loss_alone: float
+    loss_together: float
+    gradient_gap: float
+    parameter: str
+    seconds_alone: float
+    seconds_together: float
+
+    @property
+    def loss_gap(self) -> float:
+        return abs(self.loss_alone - self.loss_together)
 
 
 @dataclass(frozen=True)
-class Checks:
-    """Every rank's rows, and the gradients that all ranks add to, held to one device's."""
+class Finding:
+    """A difference and what it may be; not a number is never within."""
 
-    out: tuple[Budget, ...]
-    dq: tuple[Budget, ...]
-    dk: Budget
-    dv: Budget
+    words: str
+    found: float
+    bound: float
+    where: str = ""
 
     @property
     def passed(self) -> bool:
-        return all(found.passed for found in (*self.out, *self.dq, self.dk, self.dv))
+        return self.found <= self.bound
 
 
-def run_demo(options: Options, console: Console) -> bool:
-    """Pack, cut, compute, compare, draw. Returns whether every error is within its bound.
+@dataclass(frozen=True)
+class Outcome:
+    """A run of at least one step."""
 
-    Raises:
-        InvalidInput: an option that is out of range, or documents without a byte.
-        Unsupported: no such device, or no Triton.
-    """
-    begin = time.monotonic()
-    require(options.world_size >= 1, "ranks are counted", expected=">= 1", given=options.world_size)
-    require(options.tokens is None or options.tokens >= 1, "tokens are counted", expected=">= 1", given=options.tokens)
-    device = choose_device(options.device)
-    on_gpu = device.type == "cuda"
-    sizes = GPU_SIZES if on_gpu else INTERPRETER_SIZES
-    pack = pack_documents(options.documents, options.tokens or sizes.tokens)
-    _introduce(pack, sizes, options.world_size, device, console)
+    steps: tuple[Step, ...]
 
-    inputs = project(pack, sizes, device)
-    ranks = ZigzagRanks(inputs, pack.cu_seqlens, options.world_size)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=options.world_size + 2)
-        results = []
-        for rank in range(options.world_size):
-            progress.update(task, description=f"rank {rank}: forward and backward")
-            results.append(ranks.run(rank))
-            progress.advance(task)
-        progress.update(task, description="one device")
-        checks = compare(ranks, results, inputs, sizes)
-        progress.advance(task)
-        progress.update(task, description="picture")
-        picture = draw_ranks(ranks, pack, options.picture)
-        progress.advance(task)
-
-    console.print(_rank_table(results, checks, sizes))
-    console.print(_sum_table(checks))
-    console.print(
-        "Errors are norms relative to float64 attention of the whole pack on one device. The bound is twice the error of the "
-        f"same in plain {_name(sizes.dtype)} PyTorch, and a rounding; the worst row of each tensor has a bound of its own.",
-        style="dim",
-    )
-    console.print(f"picture: {picture}", soft_wrap=True)
-    what = "every row and gradient is within its bound" if checks.passed else "an error exceeds its bound"
-    console.print(f"{_verdict(checks.passed)}  {what}  ({time.monotonic() - begin:.0f} s)")
-    return checks.passed
-
-
-def compare(ranks: ZigzagRanks, results: Sequence[RankResult], inputs: Inputs, sizes: Sizes) -> Checks:
-    """Hold what the ranks computed to causal attention of the whole pack on one device."""
-    whole = Plan.from_cu_seqlens(ranks.cu_seqlens, ranks.cu_seqlens, causal=True)
-    case = Case(heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, dtype=sizes.dtype, lse_gradient=False)
-    exact = blockwise(case, whole, inputs, torch.float64)
-    baseline = blockwise(case, whole, inputs, sizes.dtype)
-    truncated = truncates(sizes.dtype, inputs.q.device)
-
-    def held(name: str, actual: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> Budget:
-        return budget(actual, getattr(exact, name)[rows], getattr(baseline, name)[rows], dtype=sizes.dtype, truncated=truncated)
-
-    return Checks(
-        out=tuple(held("out", result.out, result.tokens) for result in results),
-        dq=tuple(held("dq", result.dq, result.tokens) for result in results),
-        dk=held("dk", ranks.summed(results, "dk")),
-        dv=held("dv", ranks.summed(results, "dv")),
-    )
-
-
-def draw_ranks(ranks: ZigzagRanks, pack: Pack, path: Path) -> Path:
-    """A panel for each rank: its rows against the gathered keys."""
-    world_size = ranks.layout.world_size
-    spans = [_spans(ranks, rank) for rank in range(world_size)]
-    marks, key_spans, total = [], [], 0
-    for rank, own in enumerate(spans):
-        marks.append((total, f"rank {rank}'s keys"))
-        key_spans += [Span(span.start + total, span.stop + total, span.document, span.late) for span in own]
-        total += len(ranks.owned[rank])
-    plans = [ranks.plan(rank) for rank in range(world_size)]
-    work = sum(plan.pairs for plan in plans)
-    panels = [
-        Panel(
-            f"rank {rank}:  {plan.total_q:,} rows,  {plan.pairs:,} visible pairs,  {plan.pairs / work:.1%} of the work",
-            plan,
-            own,
-            key_spans,
-            marks,
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        bound = self.steps[:BOUND_STEPS]
+        first, worst = bound[0], max(bound, key=lambda step: _size(step.gradient_gap))
+        loss_gap = max((step.loss_gap for step in bound), key=_size)
+        return (
+            Finding(f"loss, steps 1 to {len(bound)}", loss_gap, LOSS_BOUND),
+            Finding("gradients, step 1, equal parameters", first.gradient_gap, FIRST_GRADIENT_BOUND, first.parameter),
+            Finding(f"gradients, steps 1 to {len(bound)}", worst.gradient_gap, GRADIENT_BOUND, worst.parameter),
         )
-        for rank, (plan, own) in enumerate(zip(plans, spans, strict=True))
-    ]
-    names = [f"{document.name}  ({len(document.tokens):,})" for document in pack.documents]
-    return draw_plans(panels, path, names)
+
+    @property
+    def passed(self) -> bool:
+        return all(finding.passed for finding in self.findings)
 
 
-def _spans(ranks: ZigzagRanks, rank: int) -> list[Span]:
-    """A rank's rows: of every document the early and the late chunk."""
-    layout = ranks.layout
-    return [
-        Span(int(start), int(start + layout.sizes[document, chunk]), document, late=index == 1)
-        for document, starts in enumerate(layout.local_starts)
-        for index, chunk in enumerate(layout.owned_chunks(rank))
-        for start in (starts[chunk],)
-    ]
+def _size(gap: float) -> float:
+    """Not a number counts as the largest."""
+    return math.inf if math.isnan(gap) else gap
 
 
-def _introduce(pack: Pack, sizes: Sizes, world_size: int, device: torch.device, console: Console) -> None:
-    total = int(pack.cu_seqlens[-1])
-    console.print(f"[bold]{len(pack.documents)} documents, {total:,} tokens[/] (bytes) of {pack.source}")
-    console.print(", ".join(f"{document.name} {len(document.tokens):,}" for document in pack.documents), style="dim")
-    if pack.left_out:
-        console.print(f"left out, for room: {pack.left_out} documents (see --tokens)")
-    console.print(
-        f"{sizes.heads} query heads, {sizes.kv_heads} KV heads, head dim {sizes.head_dim}, {_name(sizes.dtype)}; "
-        f"{world_size} zigzag ranks, keys in gathered order; forward and backward"
-    )
-    if device.type == "cuda":
-        console.print(f"device: {torch.cuda.get_device_name(device)}")
-    else:
-        console.print("device: CPU. [yellow]The Triton kernels run in Triton's interpreter[/]: right results, slowly.")
+class Telling:
+    """Introduces a run, tells its steps above a progress bar, and concludes."""
 
+    def __init__(self, setup: Setup, device: torch.device, console: Console) -> None:
+        self.setup = setup
+        self.console = console
+        self.begin = time.monotonic()
+        self.group = f"{setup.world_size} zigzag ranks"
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.task = self.progress.add_task("first step", total=len(setup.batches))
+        self._introduce(device)
 
-def _rank_table(results: Sequence[RankResult], checks: Checks, sizes: Sizes) -> Table:
-    table = _table("Each rank's rows", "rank", "rows", "pairs", "work", "out: error <= bound", "dQ: error <= bound", "")
-    if results[0].forward_ms is not None:
-        table.add_column("forward TFLOP/s", justify="right")
-        table.add_column("backward TFLOP/s", justify="right")
-    work = sum(result.plan.pairs for result in results)
-    for rank, (result, out, dq) in enumerate(zip(results, checks.out, checks.dq, strict=True)):
-        plan = result.plan
-        cells = [str(rank), f"{plan.total_q:,}", f"{plan.pairs:,}", f"{plan.pairs / max(1, work):.1%}"]
-        cells += [_shown(out), _shown(dq), _verdict(out.passed and dq.passed)]
-        if result.forward_ms is not None and result.backward_ms is not None:
-            cells.append(f"{forward_flops(plan, sizes.heads, sizes.head_dim) / result.forward_ms / 1e9:.0f}")
-            cells.append(f"{backward_flops(plan, sizes.heads, sizes.head_dim) / result.backward_ms / 1e9:.0f}")
-        table.add_row(*cells)
-    return table
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
 
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
 
-def _sum_table(checks: Checks) -> Table:
-    table = _table("Summed over the ranks", "", "error <= bound", "")
-    for name, found in (("dK", checks.dk), ("dV", checks.dv)):
-        table.add_row(name, _shown(found), _verdict(found.passed))
-    return table
+    def tell(self, steps: Sequence[Step]) -> None:
+        """After each step: the bar, and now and then a line that stays."""
+        done, step = len(steps), steps[-1]
+        self.progress.update(self.task, completed=done, description=f"loss {step.loss_alone:.4f} | {step.loss_together:.4f}")
+        if done in (1, len(self.setup.batches)) or done % math.ceil(len(self.setup.batches) / LINES) == 0:
+            self.console.print(
+                f"{done:>5}  {step.loss_alone:>12.6f}  {step.loss_together:>15.6f}  "
+                f"{step.loss_gap:>15.1e}  {step.gradient_gap:>20.1e}"
+            )
 
+    def conclude(self, outcome: Outcome) -> None:
+        tokens = self.setup.sizes.tokens
+        # The first step also pays for what is made once.
+        steady = outcome.steps[1:] or outcome.steps
+        table = Table(title="Largest difference", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("", "found", "bound", "", "where"):
+            table.add_column(name, justify="right" if name in ("found", "bound") else "left")
+        for finding in outcome.findings:
+            table.add_row(
+                finding.words, f"{finding.found:.1e}", f"{finding.bound:.0e}", _verdict(finding.passed), finding.where
+            )
+        self.console.print(table)
+        self.console.print(
+            "Losses in nats per byte; gradients as a share of the tensor's largest element. The bounds are of float32: one step's "
+            "rounding, and what updates make of it.",
+            style="dim",
+        )
+        alone = tokens / statistics.median(step.seconds_alone for step in steady)
+        together = tokens / statistics.median(step.seconds_together for step in steady)
+        threads = "" if self.setup.on_gpu else ", one thread each"
+        self.console.print(
+            f"tokens/s, forward and backward: {alone:,.0f} in one process, {together:,.0f} on {self.group}{threads}"
+        )
+        if not self.setup.on_gpu:
+            self.console.print("On a CPU attention is Weft's reference; `weft check` runs the kernels here.", style="dim")
+        self.console.print(f"picture: {self.setup.picture}", soft_wrap=True, markup=False)
+        what = "both runs are one training" if outcome.passed else "the runs differ by more than rounding"
+        self.console.print(f"{_verdict(outcome.passed)}  {what}  ({time.monotonic() - self.begin:.0f} s)")
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _shown(found: Budget) -> str:
-    """An error and its bound; where only a row fails, that row's."""
-    if found.reason:
-        return found.reason
-    if found.error <= found.bound and not found.passed:
-        return f"row {found.worst}: {found.row_error:.1e} > {found.row_bound:.1e}"
-    return f"{found.error:.1e} {'<=' if found.passed else '>'} {found.bound:.1e}"
+    def _introduce(self, device: torch.device) -> None:
+        setup, sizes = self.setup, self.setup.sizes
+        documents = sum(len(batch.documents) for batch in setup.batches)
+        self.console.print(
+            f"[bold]{len(setup.batches)} batches of {sizes.tokens:,} tokens[/] (bytes), {documents} packed documents of "
+            f"{escape(setup.batches[0].source)}"
+        )
+        self.console.print(
+            f"a Llama of transformers: {sizes.layers} layers, {sizes.heads} query heads, {sizes.kv_heads} KV heads, head dim "
+            f"{sizes.head_dim}, float32, random weights; AdamW"
+        )
+        where = torch.cuda.get_device_name(device) if setup.on_gpu else "CPU"
+        self.console.print(
+            f"one process with PyTorch's attention | {self.group} with Weft's, {setup.backend} ({where})", highlight=False
+        )
+        self.console.print(
+            f"\n[bold]{'step':>5}  {'loss: alone':>12}  {'loss: ' + str(setup.world_size) + ' ranks':>15}  "
+            f"{'loss difference':>15}  {'gradient difference':>20}[/]"
+        )
 
 
 def _verdict(passed: bool) -> str:
     return "[bold green]PASS[/]" if passed else "[bold red]FAIL[/]"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ A slice is one polygon however many tokens it spans, so that a plan of 64K token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +33,8 @@ WIDTH = 13.0  # inches
 PANEL_WIDTH = 11.4
 PANEL_HEIGHTS = (0.9, 11.0)
 STRIP = 0.09
+HEADER_TITLE = 0.45  # above a header's axes
+HEADER_MARGIN = HEADER_TITLE + 0.75  # and below, for their labels
 MAX_RULES = 12  # document boundaries an inch; more would be a grey wall, and the strip beside the axis shows them
 MAX_EDGED = 64
 DOTS_PER_INCH = 150
@@ -69,13 +71,32 @@ class Panel(NamedTuple):
     key_marks: Sequence[tuple[int, str]] = ()
 
 
-def draw_plans(panels: Sequence[Panel | tuple[str, Plan]], path: str | Path, documents: Sequence[str] = ()) -> Path:
+class Header(NamedTuple):
+    """Something else above the plans, such as the run that they are of.
+
+    Attributes:
+        height: in inches.
+        draw: fills a wide and a narrow pair of axes, left and right.
+    """
+
+    height: float
+    draw: Callable[[Axes, Axes], None]
+
+
+def draw_plans(
+    panels: Sequence[Panel | tuple[str, Plan]],
+    path: str | Path,
+    documents: Sequence[str] = (),
+    *,
+    header: Header | None = None,
+) -> Path:
     """Write a picture of plans, one above the other.
 
     Args:
         panels: the plans; a pair (title, plan) is a `Panel` without spans.
         path: where to; the suffix chooses the format, missing folders are made.
         documents: names for the legend, by the spans' document numbers; empty: no legend.
+        header: what stands above the plans; None: nothing.
 
     Returns:
         The path.
@@ -92,10 +113,17 @@ def draw_plans(panels: Sequence[Panel | tuple[str, Plan]], path: str | Path, doc
     heights = [_height(panel.plan) for panel in shown]
     above = 0.7 if any(panel.key_marks for panel in shown) else 0.45
     gap, below = 0.55, 0.55 + (_legend_rows(documents) * 0.22 + 0.12 if documents else 0.0)
-    total = above + sum(heights) + gap * (len(shown) - 1) + below
+    headed = 0.0 if header is None else header.height + HEADER_MARGIN
+    total = headed + above + sum(heights) + gap * (len(shown) - 1) + below
     figure = Figure(figsize=(WIDTH, total), dpi=DOTS_PER_INCH, facecolor="white")
     FigureCanvasAgg(figure)
-    top = total - above
+    if header is not None:
+        foot, tall = (total - header.height - HEADER_TITLE) / total, header.height / total
+        header.draw(
+            figure.add_axes((1.1 / WIDTH, foot, 0.6 * PANEL_WIDTH / WIDTH, tall)),
+            figure.add_axes(((1.1 + 0.7 * PANEL_WIDTH) / WIDTH, foot, 0.3 * PANEL_WIDTH / WIDTH, tall)),
+        )
+    top = total - headed - above
     for index, (panel, height) in enumerate(zip(shown, heights, strict=True)):
         axes = figure.add_axes((1.1 / WIDTH, (top - height) / total, PANEL_WIDTH / WIDTH, height / total))
         _draw_panel(axes, panel, height, is_first=index == 0, is_last=index == len(shown) - 1)

@@ -1,4 +1,4 @@
-"""What the demo computes: a pack's attention cut over zigzag ranks, and the same on one device.
+"""What `weft check` computes: a pack's attention cut over zigzag ranks, and the same on one device.
 
 Every rank holds its own rows and, as after an all-gather, the keys and values of all ranks in rank order. Its gradients of those
 keys and values are added to the other ranks', as a reduce-scatter would.
@@ -129,16 +129,6 @@ def _rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
 
 
-def rank_tokens(layout: Zigzag, cu_seqlens: IntArray, rank: int) -> IntArray:
-    """(rows,) the pack's tokens that a rank owns, in its order: of every document the early chunk, then the late one."""
-    parts = [
-        np.arange(start + layout.bounds[document, chunk], start + layout.bounds[document, chunk + 1])
-        for document, start in enumerate(cu_seqlens[:-1])
-        for chunk in layout.owned_chunks(rank)
-    ]
-    return np.concatenate(parts).astype(np.int64)
-
-
 class ZigzagRanks:
     """A pack on `world_size` ranks of the zigzag layout, all on one device, one after the other."""
 
@@ -146,7 +136,7 @@ class ZigzagRanks:
         self.inputs = inputs
         self.cu_seqlens = cu_seqlens
         self.layout = Zigzag.of(cu_seqlens, world_size)
-        owned = [rank_tokens(self.layout, cu_seqlens, rank) for rank in range(world_size)]
+        owned = [self.layout.tokens(rank) for rank in range(world_size)]
         self.owned = [torch.from_numpy(tokens).to(inputs.q.device) for tokens in owned]
         # (T,) the pack's token that each gathered key is.
         self.gathered = torch.cat(self.owned)
