@@ -1,13 +1,21 @@
 """Weft: exact attention of many query groups over one stream of keys, in one launch, forward and backward."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from weft_attn import launch
 from weft_attn.api import attention, plan_attention, varlen_attention
 from weft_attn.errors import InvalidInput, InvalidPlan, Unsupported, WeftError
 from weft_attn.plan import Plan, Slice
 
+if TYPE_CHECKING:
+    from weft_attn.distributed.context_parallel import ContextParallel
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextParallel",
     "InvalidInput",
     "InvalidPlan",
     "Plan",
@@ -19,3 +27,12 @@ __all__ = [
     "plan_attention",
     "varlen_attention",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Not at import: it brings torch.distributed and the compiler's switch along.
+    if name == "ContextParallel":
+        from weft_attn.distributed.context_parallel import ContextParallel
+
+        return ContextParallel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from weft_attn.errors import InvalidPlan, require
-from weft_attn.plan.layouts import Zigzag
+from weft_attn.plan.layouts import Layout, layout_named
 
 IntArray = NDArray[np.int64]
 Built = tuple[IntArray, int, int]
@@ -106,8 +106,11 @@ def checked_window(window: Any) -> tuple[int | None, int | None]:
 # ---- bands ----------------------------------------------------------------------------------------------------------------
 
 
-def band(diagonal: IntArray, causal: Any, window: Any) -> tuple[IntArray, IntArray]:
-    """(lo, hi) for rows whose own key is at column i + diagonal: the only place where causal and window become a band."""
+def band(diagonal: IntArray, causal: Any, window: Any, step: int = 1) -> tuple[IntArray, IntArray]:
+    """(lo, hi) for rows whose own key is `diagonal` tokens past column i: the only place where causal and window become a band.
+
+    With a step, neighbours in a slice are `step` tokens apart, rows and keys alike: column j sits at token j * step.
+    """
     require(
         isinstance(causal, bool | np.bool_), "causal is a bool", expected="True or False", given=repr(causal), error=InvalidPlan
     )
@@ -115,8 +118,9 @@ def band(diagonal: IntArray, causal: Any, window: Any) -> tuple[IntArray, IntArr
     if causal:
         right = 0
     unbounded = np.full_like(diagonal, UNBOUNDED)
-    lo = -unbounded if left is None else diagonal - min(left, UNBOUNDED)
-    hi = unbounded if right is None else diagonal + min(right, UNBOUNDED)
+    # -(-x // step) rounds up: the first key inside the window; the last one rounds down.
+    lo = -unbounded if left is None else -(-(diagonal - min(left, UNBOUNDED)) // step)
+    hi = unbounded if right is None else (diagonal + min(right, UNBOUNDED)) // step
     return lo, hi
 
 
@@ -186,55 +190,64 @@ def from_groups(groups: Any, cu_seqlens_k: Any, causal: Any, window: Any) -> Bui
 
 
 def zigzag(cu_seqlens: Any, rank: Any, world_size: Any, kv_order: Any, rank_stride: Any, causal: Any, window: Any) -> Built:
+    require(kv_order in KV_ORDERS, "kv_order is known", expected=f"one of {KV_ORDERS}", given=repr(kv_order), error=InvalidPlan)
+    if kv_order == "rank":
+        return sharded("zigzag", cu_seqlens, rank, world_size, rank_stride, causal, window)
+    require(
+        rank_stride is None,
+        "rank_stride belongs to kv_order='rank'",
+        expected="None with kv_order='sequence'",
+        given=rank_stride,
+        error=InvalidPlan,
+    )
+    layout, rank = _layout("zigzag", cu_seqlens, rank, world_size)
+    return _in_sequence(layout, rank, causal, window)
+
+
+def sharded(layout: Any, cu_seqlens: Any, rank: Any, world_size: Any, rank_stride: Any, causal: Any, window: Any) -> Built:
+    found, rank = _layout(layout, cu_seqlens, rank, world_size)
+    if rank_stride is None:
+        rank_starts = np.cumsum(found.rank_tokens) - found.rank_tokens
+        total_k = int(found.cu_seqlens[-1])
+    else:
+        largest = int(found.rank_tokens.max())
+        rank_stride = host_integer(rank_stride, "rank_stride (rows from one rank's first to the next's)", largest)
+        rank_starts = np.arange(found.world_size, dtype=np.int64) * rank_stride
+        total_k = found.world_size * rank_stride
+    return _in_ranks(found, rank, rank_starts, total_k, causal, window)
+
+
+def _layout(name: Any, cu_seqlens: Any, rank: Any, world_size: Any) -> tuple[Layout, int]:
+    kind = layout_named(name)
     cu = host_cu_seqlens(cu_seqlens)
     world_size = host_integer(world_size, "world_size", 1)
-    rank = host_integer(rank, "rank", 0, world_size - 1)
-    require(kv_order in KV_ORDERS, "kv_order is known", expected=f"one of {KV_ORDERS}", given=repr(kv_order), error=InvalidPlan)
-    layout = Zigzag.of(cu, world_size)
-    if kv_order == "sequence":
-        require(
-            rank_stride is None,
-            "rank_stride belongs to kv_order='rank'",
-            expected="None with kv_order='sequence'",
-            given=rank_stride,
-            error=InvalidPlan,
-        )
-        return _zigzag_sequence(cu, layout, rank, causal, window)
-    if rank_stride is None:
-        rank_starts = np.cumsum(layout.rank_tokens) - layout.rank_tokens
-        total_k = int(cu[-1])
-    else:
-        largest = int(layout.rank_tokens.max())
-        rank_stride = host_integer(rank_stride, "rank_stride (rows from one rank's first to the next's)", largest)
-        rank_starts = np.arange(world_size, dtype=np.int64) * rank_stride
-        total_k = world_size * rank_stride
-    return _zigzag_rank(layout, rank, rank_starts, total_k, causal, window)
+    return kind.of(cu, world_size), host_integer(rank, "rank", 0, world_size - 1)
 
 
-def _zigzag_sequence(cu: IntArray, layout: Zigzag, rank: int, causal: Any, window: Any) -> Built:
-    """Keys in the documents' own order: one slice per document and owned chunk."""
+def _in_sequence(layout: Layout, rank: int, causal: Any, window: Any) -> Built:
+    """Keys in the documents' own order, chunks of neighbouring rows: one slice per document and owned chunk."""
+    cu = layout.cu_seqlens
     tables = []
     for chunk in layout.owned_chunks(rank):
-        lo, hi = band(layout.bounds[:, chunk], causal, window)
-        k_len = layout.bounds[:, chunk + 1] if causal else np.diff(cu)
+        lo, hi = band(layout.starts[:, chunk], causal, window)
+        k_len = layout.starts[:, chunk] + layout.sizes[:, chunk] if causal else np.diff(cu)
         tables.append(_table(layout.local_starts[:, chunk], layout.sizes[:, chunk], cu[:-1], k_len, lo, hi))
     return np.concatenate(tables), int(layout.rank_tokens[rank]), int(cu[-1])
 
 
-def _zigzag_rank(layout: Zigzag, rank: int, rank_starts: IntArray, total_k: int, causal: Any, window: Any) -> Built:
+def _in_ranks(layout: Layout, rank: int, rank_starts: IntArray, total_k: int, causal: Any, window: Any) -> Built:
     """Keys as gathered: one slice per document, owned chunk and visible key chunk; neighbours joined where one band fits."""
-    chunks = 2 * layout.world_size
-    # Key chunks in buffer order: 0, 2W-1, 1, 2W-2, ...
-    buffer_order = np.stack([np.arange(layout.world_size), chunks - 1 - np.arange(layout.world_size)], axis=1).ravel()
+    buffer_order = layout.chunks_of_ranks(layout.world_size).ravel()
     query_chunks, key_chunks = [], []
     for chunk in layout.owned_chunks(rank):
-        visible = buffer_order[buffer_order <= chunk] if causal else buffer_order
+        # Chunks of neighbouring rows lie one after the other in the document: later ones hold no visible key.
+        visible = buffer_order[buffer_order <= chunk] if causal and layout.step == 1 else buffer_order
         query_chunks.append(np.full_like(visible, chunk))
         key_chunks.append(visible)
     c, j = np.concatenate(query_chunks), np.concatenate(key_chunks)
     sizes = layout.sizes
     k_start = layout.local_starts[:, j] + rank_starts[layout.owner(j)]
-    lo, hi = band(layout.bounds[:, c] - layout.bounds[:, j], causal, window)
+    lo, hi = band(layout.starts[:, c] - layout.starts[:, j], causal, window, layout.step)
     table = _table(layout.local_starts[:, c], sizes[:, c], k_start, sizes[:, j], lo, hi)
     table = table[(table[:, 1] > 0) & (table[:, 3] > 0)]
     return join_neighbours(table), int(layout.rank_tokens[rank]), total_k

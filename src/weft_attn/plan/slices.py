@@ -334,6 +334,31 @@ class Plan:
         return cls._from_table(*build.zigzag(cu_seqlens, rank, world_size, kv_order, rank_stride, causal, window))
 
     @classmethod
+    def sharded(
+        cls,
+        layout: str,
+        cu_seqlens: Any,
+        rank: int,
+        world_size: int,
+        rank_stride: int | None = None,
+        *,
+        causal: bool = True,
+        window: tuple[int | None, int | None] | None = None,
+    ) -> Plan:
+        """One rank's rows under a context-parallel layout, over the keys of all ranks as an all-gather leaves them.
+
+        Args:
+            layout: "zigzag" (as `zigzag`); "contiguous": rank r owns rows [r*L // W, (r+1)*L // W) of every document of L
+                tokens; "striped": rows r, r + W, r + 2W, ... of every document.
+            cu_seqlens, rank, world_size, rank_stride, causal, window: as in `zigzag`.
+
+        Raises:
+            InvalidInput: an unknown layout.
+            InvalidPlan: as `zigzag`.
+        """
+        return cls._from_table(*build.sharded(layout, cu_seqlens, rank, world_size, rank_stride, causal, window))
+
+    @classmethod
     def shared_prefix(cls, prompt_len: int, response_lens: Sequence[int]) -> Plan:
         """One prompt and n responses, packed [prompt, response 0, response 1, ...]: each response sees the prompt and itself.
 

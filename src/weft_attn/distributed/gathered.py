@@ -1,0 +1,284 @@
+"""Attention over the keys of all ranks, gathered a group of KV heads at a time, and its gradients scattered back.
+
+    forward     gather group g+1  |  attention on group g
+    backward    gather group g+1  |  gradients of group g  |  reduce-scatter group g-1
+
+K lies beside V in one buffer (W * rank_stride, G * (D + Dv)): one collective a group, in place. Attention reads both as strided
+views of it, in rank order: nothing is copied or reordered. Rows between a rank's last and its stride are padding: they hold
+whatever memory held, and no slice of the plan reaches them. Two buffers take turns.
+
+On a GPU the order of the compute stream keeps the buffers apart: a collective starts after what was queued before it, and what
+is queued after its `wait` starts after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from weft_attn import ops  # noqa: F401 (defines the operators)
+from weft_attn.distributed.collectives import Pending, Ranks
+from weft_attn.distributed.memory import BUFFERS_IN_TURN, head_groups
+from weft_attn.plan.slices import Plan
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that a call is but its tensors.
+
+    Attributes:
+        plan: this rank's rows over the keys of all ranks, rank r's from row r * rank_stride.
+        heads_per_group: KV heads gathered at a time.
+        keep_gathered: keep the gathered keys and values for the backward, instead of gathering again.
+        grad_reduce_dtype: what partial gradients of keys and values are kept and summed in.
+    """
+
+    plan: Plan
+    ranks: Ranks
+    rank_stride: int
+    heads_per_group: int
+    softmax_scale: float
+    softcap: float
+    deterministic: bool
+    keep_gathered: bool
+    grad_reduce_dtype: torch.dtype
+
+    def groups(self, k: torch.Tensor) -> list[slice]:
+        """The groups of KV heads."""
+        return head_groups(k.shape[1], self.heads_per_group)
+
+
+def gathered_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, call: Call
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (T_local, Hq, Dv) and lse (Hq, T_local); collective, forward and backward; sinks float32 or None."""
+    result: tuple[torch.Tensor, torch.Tensor] = _GatheredAttention.apply(q, k, v, sinks, call)  # type: ignore[no-untyped-call]
+    return result
+
+
+# ---- one group's attention ------------------------------------------------------------------------------------------------
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    call: Call,
+    *,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Attention of a group's query heads, written into its heads of out and lse."""
+    group_out, group_lse = torch.ops.weft.attention_forward(
+        q, k, v, sinks, call.plan.table, *_NOT_DENSE, call.softmax_scale, call.softcap, call.deterministic
+    )
+    out.copy_(group_out)
+    lse.copy_(group_lse)
+
+
+def differentiate(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: Call,
+    *,
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    dsinks: torch.Tensor | None,
+) -> None:
+    """The gradients of a group's attention, written into what is given to hold them."""
+    found = torch.ops.weft.attention_backward(
+        dout,
+        dlse,
+        q,
+        k,
+        v,
+        sinks,
+        out,
+        lse,
+        call.plan.table,
+        *_NOT_DENSE,
+        call.softmax_scale,
+        call.softcap,
+        call.deterministic,
+        dq is not None,
+        dk is not None,
+        call.grad_reduce_dtype,
+    )
+    for held, gradient in zip((dq, dk, dv, dsinks), found, strict=True):
+        if held is not None:
+            held.copy_(gradient)
+
+
+# The operators' (batch, causal, window_left, window_right), which a plan replaces.
+_NOT_DENSE = (1, False, None, None)
+
+
+# ---- buffers in turn ------------------------------------------------------------------------------------------------------
+
+
+def keys_beside_values(buffer: torch.Tensor, head_dim: int, head_dim_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, G, D) and (rows, G, Dv) views of (rows, G * (D + Dv)): the keys of all heads, then their values."""
+    heads = buffer.shape[1] // (head_dim + head_dim_v)
+    k, v = buffer.split([heads * head_dim, heads * head_dim_v], dim=1)
+    return k.unflatten(1, (heads, head_dim)), v.unflatten(1, (heads, head_dim_v))
+
+
+class _Turns:
+    """Buffers (rows, G * (D + Dv)) for one group after another; a group's buffer is taken again `count` groups later."""
+
+    def __init__(
+        self, rows: int, k: torch.Tensor, v: torch.Tensor, groups: list[slice], count: int, dtype: torch.dtype
+    ) -> None:
+        self.dims = (k.shape[2], v.shape[2])
+        self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in groups]
+        self.rows = rows
+        size = rows * max(self.widths)
+        self.memory = [torch.empty(size, dtype=dtype, device=k.device) for _ in range(min(count, len(groups)))]
+
+    def buffer(self, group: int) -> torch.Tensor:
+        width = self.widths[group]
+        return self.memory[group % len(self.memory)][: self.rows * width].view(self.rows, width)
+
+    def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys_beside_values(self.buffer(group), *self.dims)
+
+
+class _Gather:
+    """The keys and values of all ranks, a group of heads at a time."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: list[slice], count: int) -> None:
+        self.k, self.v, self.call, self.groups = k, v, call, groups
+        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups, count, k.dtype)
+        self.pending: dict[int, Pending] = {}
+        self.start(0)
+
+    def start(self, group: int) -> None:
+        if group < len(self.groups):
+            buffer = self.turns.buffer(group)
+            own = keys_beside_values(self.call.ranks.own_rows(buffer), *self.turns.dims)
+            for place, x in zip(own, (self.k, self.v), strict=True):
+                place[: len(x)].copy_(x[:, self.groups[group]])
+            self.pending[group] = self.call.ranks.all_gather(buffer)
+
+    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A group's keys and values; starts on the next group."""
+        self.pending.pop(group).wait()
+        self.start(group + 1)
+        return self.turns.views(group)
+
+
+class _Kept:
+    """The keys and values that the forward kept, as `_Gather` gives them."""
+
+    def __init__(self, buffers: list[torch.Tensor], dims: tuple[int, int]) -> None:
+        self.buffers, self.dims = buffers, dims
+
+    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys_beside_values(self.buffers[group], *self.dims)
+
+
+class _Reduce:
+    """Partial gradients of all ranks' keys and values, a group of heads at a time, summed over ranks into this rank's own."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: list[slice]) -> None:
+        self.call, self.groups = call, groups
+        self.dk, self.dv = torch.empty_like(k), torch.empty_like(v)
+        stride, dtype = call.rank_stride, call.grad_reduce_dtype
+        self.partial = _Turns(call.ranks.world_size * stride, k, v, groups, BUFFERS_IN_TURN, dtype)
+        self.sums = _Turns(stride, k, v, groups, BUFFERS_IN_TURN, dtype)
+        self.pending: dict[int, Pending] = {}
+
+    def start(self, group: int) -> None:
+        self.pending[group] = self.call.ranks.reduce_scatter(self.sums.buffer(group), self.partial.buffer(group))
+
+    def finish(self, group: int) -> None:
+        if group >= 0:
+            self.pending.pop(group).wait()
+            heads = self.groups[group]
+            for whole, summed in zip((self.dk, self.dv), self.sums.views(group), strict=True):
+                whole[:, heads].copy_(summed[: len(whole)])
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------------
+
+
+class _GatheredAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, call: Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        groups, share = call.groups(k), q.shape[1] // k.shape[1]
+        keeps = call.keep_gathered and any(ctx.needs_input_grad)
+        gather = _Gather(k, v, call, groups, len(groups) if keeps else BUFFERS_IN_TURN)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+        for group, heads in enumerate(groups):
+            k_all, v_all = gather.take(group)
+            queries = query_heads(heads, share)
+            group_sinks = None if sinks is None else sinks[queries]
+            attend(q[:, queries], k_all, v_all, group_sinks, call, out=out[:, queries], lse=lse[queries])
+        kept = [gather.turns.buffer(group) for group in range(len(groups))] if keeps else []
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
+        call: Call = ctx.call
+        needs_q, needs_k, needs_v, needs_sinks, _ = ctx.needs_input_grad
+        groups, share = call.groups(k), q.shape[1] // k.shape[1]
+        source = _Kept(kept, (k.shape[2], v.shape[2])) if kept else _Gather(k, v, call, groups, BUFFERS_IN_TURN)
+        reduce = _Reduce(k, v, call, groups) if needs_k or needs_v else None
+        dq = torch.empty_like(q) if needs_q else None
+        dsinks = torch.empty_like(sinks) if needs_sinks else None
+        for group, heads in enumerate(groups):
+            k_all, v_all = source.take(group)
+            queries = query_heads(heads, share)
+            dk_all, dv_all = (None, None) if reduce is None else reduce.partial.views(group)
+            differentiate(
+                None if dout is None else dout[:, queries],
+                None if dlse is None else dlse[queries],
+                q[:, queries],
+                k_all,
+                v_all,
+                None if sinks is None else sinks[queries],
+                out[:, queries],
+                lse[queries],
+                call,
+                dq=None if dq is None else dq[:, queries],
+                dk=dk_all,
+                dv=dv_all,
+                dsinks=None if dsinks is None else dsinks[queries],
+            )
+            if reduce is not None:
+                reduce.start(group)
+                # One group late, so that the sum over ranks runs beside the next group's gradients.
+                reduce.finish(group - 1)
+        if reduce is not None:
+            reduce.finish(len(groups) - 1)
+        return (
+            dq,
+            reduce.dk if reduce is not None and needs_k else None,
+            reduce.dv if reduce is not None and needs_v else None,
+            dsinks,
+            None,
+        )
+
+
+def query_heads(kv_heads: slice, share: int) -> slice:
+    """The query heads that share these KV heads, `share` each."""
+    return slice(kv_heads.start * share, kv_heads.stop * share)
