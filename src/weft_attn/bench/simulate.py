@@ -13,21 +13,31 @@ slowing of kernels by collectives that run beside them. `check_records` says by 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weft_attn.bench.cases import PASSES
+from weft_attn.bench.group_ways import BOTH, COMMUNICATION, KERNELS, WEFT
 from weft_attn.bench.rates import ALL_GATHER, GPUS_PER_NODE, REDUCE_SCATTER, Rates
+from weft_attn.bench.records import GroupRecord
 from weft_attn.bench.workload import Workload
+from weft_attn.distributed.memory import plan_memory
 from weft_attn.errors import InvalidInput, Unsupported, require
-from weft_attn.plan.cost import BACKWARD_OVER_FORWARD
+from weft_attn.plan.build import concat_lengths
+from weft_attn.plan.cost import BACKWARD_OVER_FORWARD, causal_pairs_by_rank
+from weft_attn.plan.layouts import layout_named
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-MOST_WORLDS = 64
+MOST_DOUBLINGS = 32
+# Documents whose chunks are laid out at a time: tables of 2 W columns for each.
+BLOCK = 256
+# Gradients are reduced in float32, as `ContextParallel` does unless told otherwise.
+GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -167,7 +177,7 @@ def rank_work(workload: Workload) -> tuple[IntArray, IntArray]:
     lengths = np.array(workload.lengths, dtype=np.int64)
     for block in np.split(lengths, range(BLOCK, len(lengths), BLOCK)):
         placed = layout.of(concat_lengths(block), workload.world_size)
-        tokens, pairs = tokens + placed.rank_tokens, pairs + placed.causal_pairs
+        tokens, pairs = tokens + placed.rank_tokens, pairs + causal_pairs_by_rank(placed)
     return tokens, pairs
 
 
@@ -238,7 +248,7 @@ def world_sizes(text: str) -> list[int]:
     try:
         if ".." in text:
             first, last = (int(part) for part in text.split(".."))
-            found = [first << step for step in range(MOST_WORLDS) if 1 <= first << step <= last]
+            found = [first << step for step in range(MOST_DOUBLINGS) if 1 <= first << step <= last]
         else:
             found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -249,6 +259,14 @@ def world_sizes(text: str) -> list[int]:
 
 
 # ---- against what was measured --------------------------------------------------------------------------------------------
+
+
+# What a record's time is predicted from.
+PREDICTED: dict[str, Callable[[PassTime], float]] = {
+    WEFT: lambda time: time.total_ms,
+    KERNELS: lambda time: time.kernels_ms,
+    COMMUNICATION: lambda time: time.communication_ms,
+}
 
 
 @dataclass(frozen=True)
