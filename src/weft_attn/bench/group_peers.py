@@ -41,7 +41,7 @@ class GroupPeer(Protocol):
     def supports(self, workload: Workload, device: torch.device, /) -> str | None:
         """Why this peer cannot run the workload on the device, or None when it can; the same on every rank."""
 
-    def prepare(self, workload: Workload, batch: ShardedBatch, device: torch.device, /) -> Attend:
+    def prepare(self, batch: ShardedBatch, device: torch.device, /) -> Attend:
         """Attention of a rank's own rows: q, k, v as `ContextParallel.shard` orders them -> out."""
 
 
@@ -76,15 +76,17 @@ class AllGatherTwoCalls:
             return "needs a CUDA device"
         return "takes 16-bit inputs only" if self._needs_cuda and workload.model.dtype_bits != 16 else None
 
-    def prepare(self, workload: Workload, batch: ShardedBatch, device: torch.device, /) -> Attend:
+    def prepare(self, batch: ShardedBatch, device: torch.device, /) -> Attend:
         halves = rank_halves(batch, device)
         # Every rank has as many rows: what it takes in the buffer is what it has.
         to_sequence = torch.from_numpy(batch.gathered_rows).to(device)
+        group = dist.group.WORLD
+        assert group is not None
         to_packed = torch.cat([half.rows for half in halves]).argsort()
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             kv = torch.stack([k, v], dim=1)
-            gathered = functional.all_gather_tensor_autograd(kv, 0, dist.group.WORLD)
+            gathered = functional.all_gather_tensor_autograd(kv, 0, group)
             in_sequence = functional.wait_tensor(gathered).index_select(0, to_sequence)
             outs = []
             for half in halves:
@@ -123,9 +125,7 @@ class _FlashVarlen:
     def __init__(self) -> None:
         self._on_device: dict[tuple[bytes, torch.device], torch.Tensor] = {}
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_rows: IntArray, cu_keys: IntArray
-    ) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_rows: IntArray, cu_keys: IntArray) -> torch.Tensor:
         rows, keys = (self._copied(cu, q.device) for cu in (cu_rows, cu_keys))
         return peers.flash_varlen(q, k, v, rows, keys, int(np.diff(cu_rows).max()), int(np.diff(cu_keys).max()), True)
 

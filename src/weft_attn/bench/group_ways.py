@@ -41,6 +41,7 @@ class Way:
         compared: which of "out", "dq", "dk", "dv" it gives in full.
         around: entered around each call.
         shares: the time is that of this many times the work of one rank.
+        is_peer: it is not Weft's own.
         note: what a reader has to know of it.
     """
 
@@ -51,6 +52,7 @@ class Way:
     compared: tuple[str, ...] = ("out", "dq", "dk", "dv")
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     shares: int = 1
+    is_peer: bool = False
     note: str = ""
 
     def forward(self, _turn: int = 0) -> torch.Tensor:
@@ -76,7 +78,9 @@ class Way:
         if self.oracle is None:
             return {}
         budgets = self.oracle.check_forward(found["out"], None) if "out" in self.compared else {}
-        return budgets | self.oracle.check_gradients({name: found[name] for name in self.compared if name in found and name != "out"})
+        return budgets | self.oracle.check_gradients(
+            {name: found[name] for name in self.compared if name in found and name != "out"}
+        )
 
 
 def weft_ways(

@@ -80,7 +80,7 @@ class GroupRecord(Record):
 
     Attributes:
         milliseconds, quartiles: of the slowest rank in each round.
-        workload: the batch and its ranks.
+        workload: the batch and its ranks; None for a collective that is measured alone.
         spread_ms: slowest less fastest rank, the median over the rounds.
         share_of_ideal: time of the same whole work on one GPU alone, over the ranks, over this time.
         peak_bytes: allocated above the inputs at the worst moment, on the rank with most; None where it is not counted.
@@ -88,7 +88,7 @@ class GroupRecord(Record):
         bytes_received: by a rank from the others, in a collective that is measured alone.
     """
 
-    workload: Workload = field(kw_only=True)
+    workload: Workload | None = None
     spread_ms: float | None = None
     share_of_ideal: float | None = None
     peak_bytes: int | None = None
@@ -185,5 +185,7 @@ def _record(entry: dict[str, Any], kind: type[R]) -> R:
     )
 
 
-def _workload(entry: dict[str, Any]) -> Workload:
-    return Workload(**{**entry, "lengths": tuple(entry["lengths"]), "model": Model(**entry["model"])})
+def _workload(entry: dict[str, Any] | None) -> Workload | None:
+    return (
+        None if entry is None else Workload(**{**entry, "lengths": tuple(entry["lengths"]), "model": Model(**entry["model"])})
+    )

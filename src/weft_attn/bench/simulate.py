@@ -176,7 +176,7 @@ def rank_work(workload: Workload) -> tuple[IntArray, IntArray]:
     # By blocks of documents: a layout's tables have a column for every chunk of a document.
     lengths = np.array(workload.lengths, dtype=np.int64)
     for block in np.split(lengths, range(BLOCK, len(lengths), BLOCK)):
-        placed = layout.of(concat_lengths(block), workload.world_size)
+        placed = layout.of(concat_lengths(block.tolist()), workload.world_size)
         tokens, pairs = tokens + placed.rank_tokens, pairs + causal_pairs_by_rank(placed)
     return tokens, pairs
 
@@ -210,14 +210,12 @@ def _times(
     )
 
 
-def kernels_ms(
-    workload: Workload, rates: Rates, pass_name: str, tokens: IntArray, pairs: IntArray, groups: int
-) -> FloatArray:
+def kernels_ms(workload: Workload, rates: Rates, pass_name: str, tokens: IntArray, pairs: IntArray, groups: int) -> FloatArray:
     """Milliseconds of one group's kernels for each entry of tokens and pairs, one rank each."""
     model = workload.model
     heads = model.heads / groups
     flops = 4.0 * model.head_dim * heads * pairs * (1 if pass_name == "forward" else BACKWARD_OVER_FORWARD)
-    tflops = rates.kernel_tflops(pass_name, tokens * heads, pairs / np.maximum(tokens, 1))
+    tflops = rates.kernel_tflops(pass_name, np.float64(heads) * tokens, np.float64(1) * pairs / np.maximum(tokens, 1))
     return flops / tflops * 1e-9
 
 
@@ -240,7 +238,7 @@ def _require_rates(workload: Workload, rates: Rates) -> None:
 
 
 def world_sizes(text: str) -> list[int]:
-    """"8..1024" doubles from 8 to 1024; "2,4,6" and "16" are themselves.
+    """ "8..1024" doubles from 8 to 1024; "2,4,6" and "16" are themselves.
 
     Raises:
         InvalidInput: none of these.
@@ -289,7 +287,7 @@ def check_records(records: Sequence[GroupRecord], hardware: Hardware) -> list[Ch
     """
     found = []
     for record in records:
-        if record.milliseconds is None or record.peer not in PREDICTED:
+        if record.workload is None or record.milliseconds is None or record.peer not in PREDICTED:
             continue
         prediction = predict(record.workload, hardware)
         if prediction.forward is None or prediction.backward is None:

@@ -42,7 +42,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         require(self.world_size >= 1, "world_size counts ranks", expected=">= 1", given=self.world_size)
-        require(min(self.lengths, default=0) >= 0, "a length counts tokens", expected=">= 0", given=min(self.lengths, default=0))
+        require(
+            min(self.lengths, default=0) >= 0, "a length counts tokens", expected=">= 0", given=min(self.lengths, default=0)
+        )
 
     @property
     def cu_seqlens(self) -> IntArray:
