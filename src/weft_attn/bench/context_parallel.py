@@ -190,7 +190,7 @@ def run_workload(
         ready.append(way)
         found[way.name] = budgets
 
-    clock = GroupClock(clock_of(device), device)
+    clock = GroupClock(clock_of(device), Ranks.of(), device)
     for pass_name in OWN_PASSES:
         notify(f"{workload.name}: timing {pass_name}")
         peaks = {way.name: _peak_bytes(way, pass_name, device) for way in ready}
@@ -295,7 +295,8 @@ def _formula_bytes(workload: Workload, parallel: weft.ContextParallel, pass_name
 
 def link_records(request: Request, device: torch.device, environment: Environment) -> list[GroupRecord]:
     """The collectives alone, by size; collective."""
-    ranks, clock = Ranks.of(), GroupClock(clock_of(device), device)
+    ranks = Ranks.of()
+    clock = GroupClock(clock_of(device), ranks, device)
     sizes = links.QUICK_SIZES if request.quick else links.SIZES
     records = []
     for link in links.measure_links(ranks, device, clock, request.pace, sizes):
@@ -310,7 +311,7 @@ def link_records(request: Request, device: torch.device, environment: Environmen
         records.append(
             GroupRecord(
                 suite=SUITE,
-                case=f"{ranks.world_size} ranks, {link.bytes_received / 2**20:.4g} MiB received",
+                case=f"{link.bytes_received / 2**20:.3g} MiB received",
                 peer=str(dist.get_backend()),
                 pass_name=link.operation,
                 status=OK if link.right else RED,

@@ -27,6 +27,9 @@ from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.errors import InvalidInput
 from weft_attn.plan.build import concat_lengths
 
+# Newer releases of torch have it under another name, and warn of the old one.
+_all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
+
 IntArray = NDArray[np.int64]
 # q, k, v, cu_seqlens_q, cu_seqlens_k -> out: causal, a document's last row aligned with its last key; packed (T, H, D).
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, IntArray, IntArray], torch.Tensor]
@@ -86,7 +89,7 @@ class AllGatherTwoCalls:
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             kv = torch.stack([k, v], dim=1)
-            gathered = functional.all_gather_tensor_autograd(kv, 0, group)
+            gathered = _all_gather(kv, 0, group)
             in_sequence = functional.wait_tensor(gathered).index_select(0, to_sequence)
             outs = []
             for half in halves:

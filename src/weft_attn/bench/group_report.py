@@ -17,14 +17,18 @@ MIB = 2**20
 
 
 def group_figures(records: Sequence[GroupRecord]) -> Table:
-    """Time of the slowest rank, rate, spread over ranks, shares and memory of each record."""
-    table = Table("case", "pass", "who", "ms (quartiles)", "rate", "ranks differ by, ms")
-    for name in ("share of ideal", "ratio", "peak MiB above inputs", "formula MiB", "error / bound"):
+    """Time of the slowest rank, rate, spread over ranks, shares, memory above the inputs and by the formula, of each record."""
+    table = Table("case", "pass")
+    for name in ("who", "ms (quartiles)", "rate"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ranks differ, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
         table.add_column(name)
+    table.add_column("error / bound", no_wrap=True)
     shown = [record for record in records if record.status != ABSENT]
     for index, record in enumerate(shown):
+        begins = index == 0 or shown[index - 1].case != record.case
         table.add_row(
-            record.case,
+            record.case if begins else "",
             record.pass_name,
             record.peer,
             milliseconds(record),
@@ -75,7 +79,7 @@ def render_predictions(predictions: Sequence[Prediction], hardware: Hardware) ->
             str(one.groups),
         )
         for pass_name, time in (("forward", one.forward), ("backward", one.backward)):
-            cells = ["not known: --link-gbps says how fast the network is"] if time is None else time_cells(time)
+            cells = [] if time is None else time_cells(time)
             times.add_row(str(one.workload.world_size), pass_name, *cells, end_section=pass_name == "backward")
     return Group(work, times, *(Text(line, style="dim") for line in sources(hardware)))
 
@@ -90,14 +94,19 @@ def sources(hardware: Hardware) -> list[str]:
     """Where the rates come from, and what was not measured."""
     rates = hardware.rates
     lines = [f"rates of {rates.device}, {rates.date}, {rates.versions}, head dim {rates.head_dim}, {rates.dtype_name}:"]
-    lines += [f"  {k.pass_name} {k.tflops:.0f} TFLOP/s at {k.keys_per_row:,.0f} keys a row: {k.source}" for k in rates.kernels]
+    at: dict[tuple[float, str], list[str]] = {}
+    for kernel in rates.kernels:
+        at.setdefault((kernel.keys_per_row, kernel.source), []).append(f"{kernel.pass_name} {kernel.tflops:.0f}")
+    lines += [f"  {', '.join(found)} TFLOP/s at {keys:,.0f} keys a row: {source}" for (keys, source), found in at.items()]
     lines += [
-        f"  {link.operation} {link.gigabytes_per_second:.0f} GB/s at {link.bytes_received / MIB:.4g} MiB: {link.source}"
+        f"  {link.operation} {link.gigabytes_per_second:.3g} GB/s at {link.bytes_received / MIB:.4g} MiB: {link.source}"
         for link in rates.links
     ]
     if not rates.links_of(REDUCE_SCATTER):
         lines.append(f"  {REDUCE_SCATTER}: not measured, taken as {ALL_GATHER}'s")
-    if hardware.network is not None:
+    if hardware.network is None:
+        lines.append("  between nodes of 8: not known, so no times there; --link-gbps says it")
+    else:
         lines.append(f"  between nodes of 8: {hardware.network:g} GB/s per GPU and direction, as given")
     return lines
 

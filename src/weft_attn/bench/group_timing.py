@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from weft_attn.bench.timing import Call, Clock, Pace, Samples, interleave, rotation
+from weft_attn.distributed.collectives import Ranks
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,25 @@ class GroupSamples:
 class GroupClock:
     """A clock on every rank, read together; `history` holds what each rank measured, one entry a measurement."""
 
-    def __init__(self, clock: Clock, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
-        self._clock, self._device, self._group = clock, device, group
+    def __init__(self, clock: Clock, ranks: Ranks, device: torch.device) -> None:
+        self._clock, self._ranks, self._device = clock, ranks, device
         self.history: list[tuple[float, ...]] = []
 
     def measure(self, call: Callable[[], object], repeats: int) -> float:
         """Milliseconds of one call on the slowest rank, the same figure on every rank."""
-        # A reduction of one number is a barrier that NCCL and gloo both have, on the device that the ranks use.
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group)
-        own = torch.tensor([self._clock.measure(call, repeats)], dtype=torch.float64, device=self._device)
-        everyone = own.new_empty(dist.get_world_size(self._group))
-        dist.all_gather_into_tensor(everyone, own, group=self._group)
-        self.history.append(tuple(everyone.tolist()))
+        # A gather of one number is a barrier: nobody has it before everybody came.
+        self._exchanged(0.0)
+        self.history.append(self._exchanged(self._clock.measure(call, repeats)))
         return max(self.history[-1])
+
+    def _exchanged(self, own: float) -> tuple[float, ...]:
+        """Every rank's number."""
+        if self._ranks.world_size == 1:
+            return (own,)
+        everyone = torch.zeros(self._ranks.world_size, dtype=torch.float64, device=self._device)
+        self._ranks.own_rows(everyone).fill_(own)
+        self._ranks.all_gather(everyone).wait()
+        return tuple(everyone.tolist())
 
 
 def interleave_over_ranks(calls: Mapping[str, Call], clock: GroupClock, pace: Pace) -> dict[str, GroupSamples]:

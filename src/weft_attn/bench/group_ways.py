@@ -23,7 +23,7 @@ from weft_attn.distributed import gathered
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.testing.compare import Budget
 
-WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft, kernels alone", "weft, communication alone", "ideal: one GPU / ranks"
+WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft: kernels", "weft: communication", "ideal"
 FORWARD, BOTH = "forward", "forward+backward"
 OWN_PASSES = (FORWARD, BOTH)
 

@@ -1,8 +1,8 @@
 """Measured rates of kernels and links, which a prediction starts from: what was measured, where it was measured, nothing else.
 
 A kernel's rate depends on how many rows fill the GPU and on how many keys a row walks, so it is kept by (rows x query heads,
-visible keys a row). Between measurements it is the mean of them weighted by 1 / distance^2 in the logarithms of both; at a
-measurement it is the measurement. A link's rate is kept by the bytes that a rank receives, and interpolated in their logarithm;
+visible keys a row). Between measurements it is the mean of them weighted by 1 / distance^4 in the logarithms of both, rows
+counting for half, since a GPU that is full works no faster on more of them; at a measurement it is the measurement. A link's rate is kept by the bytes that a rank receives, and interpolated in their logarithm;
 beyond the measurements the nearest one counts.
 """
 
@@ -25,6 +25,7 @@ FloatArray = NDArray[np.float64]
 ALL_GATHER, REDUCE_SCATTER = "all_gather", "reduce_scatter"
 # Ranks that NVLink joins; beyond them a network does.
 GPUS_PER_NODE = 8
+ROWS_COUNT_FOR = 0.5
 PACKAGED = "nvidia_h200"
 
 
@@ -83,9 +84,9 @@ class Rates:
             raise Unsupported(f"the kernel's rate was measured: expected a {pass_name} rate of {self.device}, given none")
         at = np.array([[rate.row_heads, rate.keys_per_row] for rate in measured], dtype=np.float64)
         asked = np.stack([np.maximum(row_heads, 1), np.maximum(keys_per_row, 1)], axis=-1)
-        squares = np.square(np.log2(asked)[..., None, :] - np.log2(at)).sum(axis=-1)
+        distance = (np.log2(asked)[..., None, :] - np.log2(at)) * (ROWS_COUNT_FOR, 1.0)
         # Near enough to a measurement, it outweighs all others.
-        weights = 1 / np.maximum(squares, 1e-12)
+        weights = 1 / np.maximum(np.square(distance).sum(axis=-1), 1e-12) ** 2
         tflops = np.array([rate.tflops for rate in measured])
         return (weights * tflops).sum(axis=-1) / weights.sum(axis=-1)
 

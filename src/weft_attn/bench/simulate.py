@@ -24,7 +24,7 @@ from weft_attn.bench.group_ways import BOTH, COMMUNICATION, KERNELS, WEFT
 from weft_attn.bench.rates import ALL_GATHER, GPUS_PER_NODE, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import GroupRecord
 from weft_attn.bench.workload import Workload
-from weft_attn.distributed.memory import plan_memory
+from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.build import concat_lengths
 from weft_attn.plan.cost import BACKWARD_OVER_FORWARD, causal_pairs_by_rank
@@ -140,16 +140,7 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
     model, world_size = workload.model, workload.world_size
     _require_rates(workload, hardware.rates)
     tokens, pairs = rank_work(workload)
-    memory = plan_memory(
-        world_size=world_size,
-        rank_stride=int(tokens.max()),
-        kv_heads=model.kv_heads,
-        head_dims=2 * model.head_dim,
-        element_bytes=model.dtype.itemsize,
-        gradient_bytes=GRADIENT_BYTES,
-        limit=workload.max_gather_bytes,
-        keep_gathered=False,
-    )
+    memory = _memory(workload, int(tokens.max()))
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
     forward = backward = None
@@ -167,6 +158,23 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         forward=forward,
         backward=backward,
     )
+
+
+def _memory(workload: Workload, rank_stride: int) -> Memory:
+    model = workload.model
+    try:
+        return plan_memory(
+            world_size=workload.world_size,
+            rank_stride=rank_stride,
+            kv_heads=model.kv_heads,
+            head_dims=2 * model.head_dim,
+            element_bytes=model.dtype.itemsize,
+            gradient_bytes=GRADIENT_BYTES,
+            limit=workload.max_gather_bytes,
+            keep_gathered=False,
+        )
+    except InvalidInput as error:
+        raise InvalidInput(f"on {workload.world_size} ranks: {error}") from None
 
 
 def rank_work(workload: Workload) -> tuple[IntArray, IntArray]:
