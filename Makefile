@@ -18,6 +18,8 @@ TRITON := triton==3.9.0
 OLD_TRITON := triton==3.6.0 numpy<2.4
 OLD_TRITON_DIR := $(VENV)/triton-3.6.0
 
+GPU_TEST_PROCESSES ?= 14
+
 ARCHS ?= sm_80 sm_86 sm_90 sm_100 sm_120 gfx942
 
 .PHONY: help install demo test test-gpu lint format types bench compile clean
@@ -47,8 +49,9 @@ demo: install ## packed documents over four zigzag ranks, checked against one de
 test: install $(OLD_TRITON_DIR)/installed ## every check that needs no GPU; the last line is the count
 	$(RUN) tools/test_all.py --old-triton $(OLD_TRITON_DIR)
 
-test-gpu: ## the tests that need a GPU, with PYTHON's own torch
-	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu
+# Several processes: nearly all of the time is compiling.
+test-gpu: ## the tests that need a GPU, with PYTHON's own torch, pytest and pytest-xdist
+	PYTHONPATH=src $(PYTHON) -m pytest -m gpu tests/gpu -n $(GPU_TEST_PROCESSES) -q
 
 lint: install ## ruff check and the format
 	$(RUN) -m ruff check .

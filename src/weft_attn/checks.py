@@ -6,6 +6,7 @@ Only shapes, dtypes and devices are read, never values, so that the checks cost 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,37 +28,47 @@ def qkv(q: Any, k: Any, v: Any, *, packed: bool) -> None:
     lead = "tokens" if packed else "batch, seqlen"
     for x, name, dim in ((q, "q", "D"), (k, "k", "D"), (v, "v", "Dv")):
         is_tensor(x, name, ndim, f"({lead}, heads, {dim})")
-    require(q.dtype in DTYPES, "q, k and v are fp16, bf16 or fp32", expected=DTYPES, given=q.dtype)
-    require(k.dtype == q.dtype and v.dtype == q.dtype, "q, k and v share a dtype", expected=q.dtype, given=(k.dtype, v.dtype))
+    # What has passed once passes again: a warm call only looks it up. Traced sizes have no hash.
+    agree = _agree if torch.compiler.is_compiling() else _agree_once
+    agree(q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device))
+
+
+def _agree(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    devices: tuple[torch.device, torch.device, torch.device],
+) -> None:
+    require(dtypes[0] in DTYPES, "q, k and v are fp16, bf16 or fp32", expected=DTYPES, given=dtypes[0])
+    require(dtypes[1] == dtypes[0] and dtypes[2] == dtypes[0], "q, k and v share a dtype", expected=dtypes[0], given=dtypes[1:])
     require(
-        k.device == q.device and v.device == q.device,
+        devices[1] == devices[0] and devices[2] == devices[0],
         "q, k and v share a device",
-        expected=q.device,
-        given=(k.device, v.device),
+        expected=devices[0],
+        given=devices[1:],
     )
-    require(
-        k.shape[:-1] == v.shape[:-1],
-        "k and v agree in all but head dim",
-        expected=tuple(k.shape[:-1]),
-        given=tuple(v.shape[:-1]),
-    )
-    require(q.shape[-1] == k.shape[-1], "q and k share a head dim", expected=q.shape[-1], given=k.shape[-1])
-    for x, name in ((q, "q and k"), (v, "v")):
+    require(k[:-1] == v[:-1], "k and v agree in all but head dim", expected=tuple(k[:-1]), given=tuple(v[:-1]))
+    require(q[-1] == k[-1], "q and k share a head dim", expected=q[-1], given=k[-1])
+    for size, name in ((q, "q and k"), (v, "v")):
         require(
-            8 <= x.shape[-1] <= MAX_HEAD_DIM and x.shape[-1] % 8 == 0,
+            8 <= size[-1] <= MAX_HEAD_DIM and size[-1] % 8 == 0,
             f"the head dim of {name} is a multiple of 8 up to {MAX_HEAD_DIM}",
             expected=f"8, 16, ..., {MAX_HEAD_DIM}",
-            given=x.shape[-1],
+            given=size[-1],
         )
-    heads, kv_heads = q.shape[-2], k.shape[-2]
+    heads, kv_heads = q[-2], k[-2]
     require(
         kv_heads >= 1 and heads >= 1 and heads % kv_heads == 0,
         "query heads are a multiple of KV heads",
         expected="Hq % Hkv == 0, both at least 1",
         given=f"Hq={heads}, Hkv={kv_heads}",
     )
-    if not packed:
-        require(q.shape[0] == k.shape[0], "q and k share a batch", expected=q.shape[0], given=k.shape[0])
+    if len(q) == 4:
+        require(q[0] == k[0], "q and k share a batch", expected=q[0], given=k[0])
+
+
+_agree_once = lru_cache(maxsize=1024)(_agree)
 
 
 def totals(q: torch.Tensor, k: torch.Tensor, total_q: int, total_k: int, owner: str) -> None:

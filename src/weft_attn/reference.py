@@ -123,3 +123,38 @@ def _empty_lse(sinks: torch.Tensor | None, heads: int, rows: int, dtype: torch.d
     if sinks is None:
         return torch.full((heads, rows), float("-inf"), dtype=dtype, device=device)
     return sinks.to(dtype)[:, None].expand(heads, rows)
+
+
+def reference_gradients(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Gradients of `reference_attention` by autograd, in float32: of q, k, v and the sinks (None without).
+
+    Args:
+        dout, dlse: gradients of out (Tq, Hq, Dv) and lse (Hq, Tq); dlse None: the loss does not read lse.
+    """
+    # inference_mode(False) also brings autograd back where a compiled graph has switched it off around the operator; the copies
+    # make ordinary tensors of inference tensors.
+    with torch.inference_mode(False), torch.enable_grad():
+        own_q, own_k, own_v = (x.detach().to(torch.float32, copy=True).requires_grad_() for x in (q, k, v))
+        own_sinks = None if sinks is None else sinks.detach().to(torch.float32, copy=True).requires_grad_()
+        out, lse = reference_attention(own_q, own_k, own_v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=own_sinks)
+        loss = (out * dout.to(torch.float32, copy=True)).sum()
+        if dlse is not None:
+            # A row that sees nothing has the constant lse -inf; it must not turn the sum into NaN.
+            loss = loss + torch.where(torch.isinf(lse), 0.0, lse * dlse.clone()).sum()
+        leaves = [own_q, own_k, own_v, *([] if own_sinks is None else [own_sinks])]
+        grads: list[torch.Tensor | None] = [None] * len(leaves)
+        if loss.requires_grad:
+            grads = list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    dq, dk, dv, *dsinks = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))
+    return dq, dk, dv, dsinks[0] if dsinks else None

@@ -57,7 +57,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]:
 
     def apply(**changes: Any) -> Device:
         changed = replace(launch_device.INTERPRETER, **changes)
-        monkeypatch.setattr("weft_attn.ops.device_of", lambda device: changed)
+        monkeypatch.setattr("weft_attn.ops.execute.device_of", lambda device: changed)
         return changed
 
     return apply
@@ -69,10 +69,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[KernelCall]:
     made: list[KernelCall] = []
     launch = KernelCall.launch
 
-    def record(call: KernelCall) -> None:
+    def record(call: KernelCall) -> Any:
         if 0 not in call.grid:
             made.append(call)
-        launch(call)
+        return launch(call)
 
     monkeypatch.setattr(KernelCall, "launch", record)
     return made

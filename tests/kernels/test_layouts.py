@@ -135,12 +135,12 @@ def test_a_plan_is_prepared_once_for_each_choice_of_config() -> None:
     x = make_inputs(CASE, plan)
     with override(*TILES):
         evaluate(ours(plan), x)
-        prepared = len(plan._streams)
+        prepared = len(plan._recipes)
         evaluate(ours(plan), x)
-        assert len(plan._streams) == prepared
+        assert len(plan._recipes) == prepared
     with override(ForwardConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)):
         evaluate(ours(plan), x)
-    assert len(plan._streams) > prepared
+    assert len(plan._recipes) > prepared
 
 
 @pytest.mark.parametrize("name", ["packed", "zigzag_padded", "causal_more_rows", "concat"])

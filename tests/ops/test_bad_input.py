@@ -118,8 +118,8 @@ def test_bad_input_is_refused_before_anything_runs(name: str, monkeypatch: pytes
     def launched(*args: object, **options: object) -> None:
         raise AssertionError("something ran")
 
-    monkeypatch.setattr("weft_attn.ops.reference_attention", launched)
-    monkeypatch.setattr("weft_attn.ops._forward_kernels", launched)
+    monkeypatch.setattr("weft_attn.ops.execute.reference_attention", launched)
+    monkeypatch.setattr("weft_attn.ops.operators.attention_into", launched)
     call, kind = CALLS[name]
     with pytest.raises(kind) as raised:
         call()

@@ -20,7 +20,7 @@ from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.launch.config import ForwardConfig
 from weft_attn.launch.device import INTERPRETER, target
 from weft_attn.launch.resources import shortfall
-from weft_attn.launch.select import Problem, override, parse_table, tables
+from weft_attn.launch.select import Problem, current_overrides, override, parse_table, tables
 from weft_attn.plan.slices import transpose
 from weft_attn.reference import reference_attention
 
@@ -636,7 +636,7 @@ def test_a_wrong_config_is_neither_timed_nor_written(tiny_grid, monkeypatch: pyt
 
     def planted(self, turn):
         out, lse = honest(self, turn)
-        overridden = [c for c in ops.current_overrides() if getattr(c, "block_q", 0) == 16]
+        overridden = [c for c in current_overrides() if getattr(c, "block_q", 0) == 16]
         return (out * 1.05 if overridden else out), lse
 
     monkeypatch.setattr(one_kernel.KernelRuns, "_forward", planted)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from weft_attn import ops  # noqa: F401 (defines the operators)
 from weft_attn.distributed.collectives import Pending, Ranks
 from weft_attn.distributed.memory import BUFFERS_IN_TURN, head_groups
+from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.plan.slices import Plan
 
 
@@ -57,71 +57,6 @@ def gathered_attention(
     """out (T_local, Hq, Dv) and lse (Hq, T_local); collective, forward and backward; sinks float32 or None."""
     result: tuple[torch.Tensor, torch.Tensor] = _GatheredAttention.apply(q, k, v, sinks, call)  # type: ignore[no-untyped-call]
     return result
-
-
-# ---- one group's attention ------------------------------------------------------------------------------------------------
-
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    call: Call,
-    *,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """Attention of a group's query heads, written into its heads of out and lse."""
-    group_out, group_lse = torch.ops.weft.attention_forward(
-        q, k, v, sinks, call.plan.table, *_NOT_DENSE, call.softmax_scale, call.softcap, call.deterministic
-    )
-    out.copy_(group_out)
-    lse.copy_(group_lse)
-
-
-def differentiate(
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sinks: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: Call,
-    *,
-    dq: torch.Tensor | None,
-    dk: torch.Tensor | None,
-    dv: torch.Tensor | None,
-    dsinks: torch.Tensor | None,
-) -> None:
-    """The gradients of a group's attention, written into what is given to hold them."""
-    found = torch.ops.weft.attention_backward(
-        dout,
-        dlse,
-        q,
-        k,
-        v,
-        sinks,
-        out,
-        lse,
-        call.plan.table,
-        *_NOT_DENSE,
-        call.softmax_scale,
-        call.softcap,
-        call.deterministic,
-        dq is not None,
-        dk is not None,
-        call.grad_reduce_dtype,
-    )
-    for held, gradient in zip((dq, dk, dv, dsinks), found, strict=True):
-        if held is not None:
-            held.copy_(gradient)
-
-
-# The operators' (batch, causal, window_left, window_right), which a plan replaces.
-_NOT_DENSE = (1, False, None, None)
 
 
 # ---- buffers in turn ------------------------------------------------------------------------------------------------------
@@ -193,7 +128,7 @@ class _Reduce:
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: list[slice]) -> None:
         self.call, self.groups = call, groups
-        self.dk, self.dv = torch.empty_like(k), torch.empty_like(v)
+        self.dk, self.dv = k.new_empty(k.shape), v.new_empty(v.shape)
         stride, dtype = call.rank_stride, call.grad_reduce_dtype
         self.partial = _Turns(call.ranks.world_size * stride, k, v, groups, BUFFERS_IN_TURN, dtype)
         self.sums = _Turns(stride, k, v, groups, BUFFERS_IN_TURN, dtype)
@@ -226,8 +161,18 @@ class _GatheredAttention(torch.autograd.Function):
         for group, heads in enumerate(groups):
             k_all, v_all = gather.take(group)
             queries = query_heads(heads, share)
-            group_sinks = None if sinks is None else sinks[queries]
-            attend(q[:, queries], k_all, v_all, group_sinks, call, out=out[:, queries], lse=lse[queries])
+            attention_into(
+                q[:, queries],
+                k_all,
+                v_all,
+                None if sinks is None else sinks[queries],
+                call.plan,
+                call.softmax_scale,
+                call.softcap,
+                call.deterministic,
+                out[:, queries],
+                lse[queries],
+            )
         kept = [gather.turns.buffer(group) for group in range(len(groups))] if keeps else []
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         ctx.call = call
@@ -243,14 +188,15 @@ class _GatheredAttention(torch.autograd.Function):
         groups, share = call.groups(k), q.shape[1] // k.shape[1]
         source = _Kept(kept, (k.shape[2], v.shape[2])) if kept else _Gather(k, v, call, groups, BUFFERS_IN_TURN)
         reduce = _Reduce(k, v, call, groups) if needs_k or needs_v else None
-        dq = torch.empty_like(q) if needs_q else None
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq = q.new_empty(q.shape) if needs_q else None
         dsinks = torch.empty_like(sinks) if needs_sinks else None
         for group, heads in enumerate(groups):
             k_all, v_all = source.take(group)
             queries = query_heads(heads, share)
             dk_all, dv_all = (None, None) if reduce is None else reduce.partial.views(group)
-            differentiate(
-                None if dout is None else dout[:, queries],
+            sinks_part = attention_backward_into(
+                dout[:, queries],
                 None if dlse is None else dlse[queries],
                 q[:, queries],
                 k_all,
@@ -258,12 +204,16 @@ class _GatheredAttention(torch.autograd.Function):
                 None if sinks is None else sinks[queries],
                 out[:, queries],
                 lse[queries],
-                call,
-                dq=None if dq is None else dq[:, queries],
-                dk=dk_all,
-                dv=dv_all,
-                dsinks=None if dsinks is None else dsinks[queries],
+                call.plan,
+                call.softmax_scale,
+                call.softcap,
+                call.deterministic,
+                None if dq is None else dq[:, queries],
+                dk_all,
+                dv_all,
             )
+            if dsinks is not None and sinks_part is not None:
+                dsinks[queries] = sinks_part
             if reduce is not None:
                 reduce.start(group)
                 # One group late, so that the sum over ranks runs beside the next group's gradients.

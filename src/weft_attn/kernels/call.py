@@ -1,12 +1,16 @@
-"""A kernel launch as data: run it on a device, or compile it for a target that is not there."""
+"""A kernel launch as data: run it on a device, run it again with other tensors, or compile it for a target that is not there."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+Tensors = Mapping[str, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,51 @@ class KernelCall:
         """Compile options. Multiply-adds are fused whatever the Triton release's default."""
         return dict(num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True)
 
-    def launch(self) -> None:
-        """Run on the device of the arguments; an empty grid is no launch."""
+    def launch(self) -> Any:
+        """Run on the device of the arguments; an empty grid is no launch.
+
+        Returns:
+            The compiled kernel; None where nothing was compiled (an empty grid, Triton's interpreter).
+        """
         if 0 in self.grid:
-            return
-        self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+            return None
+        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+class BoundCall:
+    """A launched `KernelCall` that runs again with other tensors, without asking Triton to inspect each argument once more.
+
+    Which arguments change is read off the call: those that are one of the named tensors, and descriptors over one. The caller
+    sees to it that the tensors of a later launch have the shapes, strides, dtypes and 16-byte alignment of the first.
+    """
+
+    def __init__(self, call: KernelCall, compiled: Any, tensors: Tensors) -> None:
+        values = call.arguments | call.constants
+        self._values = [values[name] for name in call.kernel.arg_names]
+        self._launch = compiled[(*call.grid, 1, 1)[:3]]
+        names = {id(tensor): name for name, tensor in tensors.items() if tensor is not None}
+        self._tensors = [(at, names[id(x)]) for at, x in enumerate(self._values) if id(x) in names]
+        self._descriptors = [
+            (at, names[id(x.base)], x)
+            for at, x in enumerate(self._values)
+            if isinstance(x, TensorDescriptor) and id(x.base) in names
+        ]
+        # Nothing of the first call is kept alive.
+        for at, _ in self._tensors:
+            self._values[at] = None
+        for at, _, descriptor in self._descriptors:
+            self._values[at] = descriptor.base = None
+
+    def launch(self, tensors: Tensors) -> None:
+        """Run on the current device and stream."""
+        arguments = self._values.copy()
+        for at, name in self._tensors:
+            arguments[at] = tensors[name]
+        for at, name, template in self._descriptors:
+            descriptor = copy.copy(template)
+            descriptor.base = tensors[name]
+            arguments[at] = descriptor
+        self._launch(*arguments)
 
 
 def tensor_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
@@ -52,4 +96,4 @@ def tensor_descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
 
 def vector_descriptor(x: torch.Tensor, length: int) -> TensorDescriptor:
     """A 1-D descriptor over all elements of a contiguous tensor, with boxes of `length` of them."""
-    return TensorDescriptor(x.view(-1), [x.numel()], [1], [length])
+    return TensorDescriptor(x, [x.numel()], [1], [length])

@@ -1,7 +1,7 @@
 """What a config needs of a device, computed: a config that cannot launch is found here, not on a user's GPU.
 
-Shared memory is an upper bound of what Triton allocates, from the tiles a kernel keeps and streams (a test compiles every table
-row and compares). Registers are the accumulators' share, which cannot be spilled without ruin.
+Shared memory is an upper bound of what Triton allocates, from the tiles a kernel keeps and streams (`weft compile` compiles every
+table row and compares; the tests do so for what selection gives bfloat16). Registers are the accumulators' share, which cannot be spilled without ruin.
 """
 
 from __future__ import annotations

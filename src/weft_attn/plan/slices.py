@@ -231,6 +231,8 @@ class Plan:
         self.table: torch.Tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
         # Filled by plan/stream.py: work tiles by (kernel tile sizes, device).
         self._streams: dict[Any, Any] = {}
+        # Filled by ops/execute.py: what a pass over this plan launches, by how its tensors lie in memory.
+        self._recipes: dict[Any, Any] = {}
         live_plans[self.table.data_ptr()] = self
 
     # ---- builders -----------------------------------------------------------------------------------------------------

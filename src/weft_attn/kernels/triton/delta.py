@@ -71,10 +71,9 @@ def attention_delta_kernel(
 SHIFTED_COPIES = 4
 
 
-def empty_stats(heads: int, total_q: int, copies: int, device: torch.device) -> torch.Tensor:
-    """Room for one statistic, (copies, padded) float32: copy 0 begins with the (heads, total_q) values."""
-    padded = -(-heads * total_q // SHIFTED_COPIES) * SHIFTED_COPIES
-    return torch.empty(copies, padded, dtype=torch.float32, device=device)
+def stats_shape(heads: int, total_q: int, copies: int) -> tuple[int, int]:
+    """(copies, padded): room for one statistic in float32; copy 0 begins with the (heads, total_q) values."""
+    return copies, -(-heads * total_q // SHIFTED_COPIES) * SHIFTED_COPIES
 
 
 def delta_call(
@@ -91,7 +90,7 @@ def delta_call(
 
     Args:
         out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
-        delta, lse_log2: from `empty_stats` with 1 copy or SHIFTED_COPIES, written.
+        delta, lse_log2: of `stats_shape` with 1 copy or SHIFTED_COPIES, written.
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape

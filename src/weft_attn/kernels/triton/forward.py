@@ -318,7 +318,7 @@ def score_scales(softmax_scale: float, softcap: float) -> tuple[float, float]:
 
 def padded_head_dim(head_dim: int) -> int:
     """Tile width of a head dim: tiles are powers of two, and a matrix product wants 16 columns."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def dot_precision(dtype: torch.dtype) -> str:

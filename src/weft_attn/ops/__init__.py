@@ -1,0 +1,22 @@
+"""The one place where launch meets kernels: operators with fakes and autograd (operators.py) over what runs (execute.py)."""
+
+from weft_attn.ops import operators as operators  # defines torch.ops.weft
+from weft_attn.ops.execute import (
+    attention_backward_into,
+    attention_into,
+    kernels_interpreted,
+    prepare_backward,
+    prepare_forward,
+    problem_of,
+    runs_reference,
+)
+
+__all__ = [
+    "attention_backward_into",
+    "attention_into",
+    "kernels_interpreted",
+    "prepare_backward",
+    "prepare_forward",
+    "problem_of",
+    "runs_reference",
+]

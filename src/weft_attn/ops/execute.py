@@ -1,0 +1,400 @@
+"""What runs for a call: the reference, or kernels selected for the device, on the plan cut for them.
+
+CPU tensors run the reference; with TRITON_INTERPRET=1 they run the Triton kernels in Triton's interpreter.
+
+Everything that a pass decides depends on the plan and on how its tensors lie in memory, never on their values. It is decided
+once and kept with the plan as a `Recipe`; a call with tensors that lie alike follows the recipe, and what is left of the host's
+work is to look it up and to launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weft_attn.errors import Unsupported
+from weft_attn.launch.config import StreamConfig
+from weft_attn.launch.device import device_of
+from weft_attn.launch.select import Problem, current_overrides, select
+from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave
+from weft_attn.plan.slices import Plan
+from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
+from weft_attn.reference import reference_attention, reference_gradients
+
+if TYPE_CHECKING:
+    from weft_attn.kernels.call import BoundCall, KernelCall
+
+Tensors = dict[str, torch.Tensor | None]
+
+# Recipes that a plan keeps: one for each layout of tensors and pair of scalars that a program uses it with.
+MAX_RECIPES = 64
+
+
+def kernels_interpreted() -> bool:
+    """Whether Triton was imported to interpret kernels (TRITON_INTERPRET=1), so that CPU tensors run them."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+def runs_reference(device: torch.device) -> bool:
+    """Whether tensors on `device` run the reference instead of a kernel: on the CPU, outside the interpreter."""
+    if device.type == "cpu":
+        return not kernels_interpreted()
+    if device.type == "cuda":
+        return False
+    raise Unsupported(f"attention runs on the CPU, CUDA or ROCm: expected such a device, given {device.type!r}")
+
+
+def _describable(*tensors: torch.Tensor) -> bool:
+    """Whether the copy engine can address these tensors: some rows, base and strides in whole 16 bytes."""
+    return all(
+        x.shape[0] > 0 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
+    """What selection needs to know of a call's tensors."""
+    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v))
+
+
+def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
+    """Kernels want a contiguous last dimension; any token and head stride will do."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+# ---- recipes --------------------------------------------------------------------------------------------------------------
+
+
+class Step:
+    """One launch of a pass: put together in full the first time, bound from then on."""
+
+    def __init__(self, make: Callable[[Any], KernelCall]) -> None:
+        self._make = make
+        self._bound: BoundCall | None = None
+
+    def run(self, tensors: Tensors) -> None:
+        if self._bound is not None:
+            self._bound.launch(tensors)
+            return
+        from weft_attn.kernels.call import BoundCall
+
+        # Objects of their own, so that a tensor passed under two names (k as v) is two arguments that may differ next time.
+        own = {name: None if x is None else x.detach() for name, x in tensors.items()}
+        call = self._make(own)
+        compiled = call.launch()
+        if compiled is not None:
+            self._bound = BoundCall(call, compiled, own)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pass over a plan, decided: the tables it reads, the memory it needs in between, its launches.
+
+    Attributes:
+        streams: the tables; joined before the launches.
+        scratch: float32 tensors by name, with their shapes.
+        steps: launches in order.
+    """
+
+    streams: Sequence[DeviceStream]
+    scratch: dict[str, tuple[int, ...]]
+    steps: Sequence[Step]
+
+    def run(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """Launch on the tensors' device; returns them with the scratch that the launches wrote."""
+        with _current(device):
+            for stream in self.streams:
+                stream.join()
+            for name, shape in self.scratch.items():
+                tensors[name] = torch.empty(shape, dtype=torch.float32, device=device)
+            for step in self.steps:
+                step.run(tensors)
+        return tensors
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it the tensors' own."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Recipe:
+    layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors.values())
+    key = (*key, layouts, device, current_overrides())
+    found = plan._recipes.get(key)
+    if found is None:
+        if len(plan._recipes) >= MAX_RECIPES:
+            plan._recipes.clear()
+        found = plan._recipes[key] = make()
+    return found
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedForward:
+    """A forward's decisions for one plan: everything but the tensors."""
+
+    cut: ForwardCut
+    stream: DeviceStream
+    wave: int
+
+
+def prepare_forward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> PreparedForward:
+    """Select, cut and place."""
+    cut = cut_forward(plan, q.shape[1], k.shape[1], problem_of(q, k, v), device_of(q.device))
+    kv_heads_together = _wave(cut.config, k, v, 1, k.shape[1])
+    wave = kv_heads_together * (q.shape[1] // k.shape[1]) // cut.pack
+    return PreparedForward(cut, device_stream(plan, cut.tiling, q.device), wave)
+
+
+def _wave(config: StreamConfig, one: torch.Tensor, other: torch.Tensor, heads_each: int, limit: int) -> int:
+    """Heads that run together: `one` and `other` are streamed, `heads_each` of their heads for each head of the grid."""
+    bytes_per_head = one.shape[0] * (one.shape[2] + other.shape[2]) * one.element_size() * heads_each
+    return heads_per_wave(bytes_per_head, config.wave_bytes, limit)
+
+
+def attention_into(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan: Plan,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,  # noqa: ARG001 (the portable forward is deterministic either way)
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Attention under a plan into tensors that are there; outside of autograd, on checked input.
+
+    Args:
+        q, k, v: (Tq, Hq, D), (Tk, Hkv, D), (Tk, Hkv, Dv).
+        sinks: (Hq,) float32 or None.
+        out: (Tq, Hq, Dv) in q's dtype, any strides with a contiguous last dimension; written.
+        lse: (Hq, Tq) float32, contiguous rows; written.
+    """
+    if runs_reference(q.device):
+        found, found_lse = reference_attention(q, k, v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
+        out.copy_(found)
+        lse.copy_(found_lse)
+        return
+    if out.numel() == 0:
+        return
+    tensors: Tensors = dict(
+        q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), sinks=sinks, out=out, lse=lse
+    )  # fmt: skip
+
+    def make() -> Recipe:
+        return _forward_recipe(plan, tensors, softmax_scale, softcap)
+
+    _recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+
+
+def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
+    from weft_attn.kernels.triton.combine import combine_call
+    from weft_attn.kernels.triton.forward import forward_call
+
+    q, k, v = tensors["q"], tensors["k"], tensors["v"]
+    prepared = prepare_forward(plan, q, k, v)
+    cut, stream = prepared.cut, prepared.stream
+    scratch: dict[str, tuple[int, ...]] = {}
+    if stream.slots:
+        rows = (stream.slots, q.shape[1] // cut.pack, cut.config.block_q)
+        scratch = dict(partial_out=(*rows, v.shape[2]), partial_lse=rows)
+
+    def attend(t: Any) -> KernelCall:
+        return forward_call(
+            q=t["q"],
+            k=t["k"],
+            v=t["v"],
+            sinks=t["sinks"],
+            out=t["out"],
+            lse=t["lse"],
+            partial_out=t.get("partial_out"),
+            partial_lse=t.get("partial_lse"),
+            items=stream.items,
+            runs=stream.runs,
+            n_items=stream.n_items,
+            pack=cut.pack,
+            heads_per_wave=prepared.wave,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            config=cut.config,
+        )
+
+    steps = [Step(attend)]
+    if stream.slots:
+        combine_config = select("combine", problem_of(q, k, v), device_of(q.device)).config
+
+        def combine(t: Any) -> KernelCall:
+            return combine_call(
+                partial_out=t["partial_out"],
+                partial_lse=t["partial_lse"],
+                sinks=t["sinks"],
+                out=t["out"],
+                lse=t["lse"],
+                combines=stream.combines,
+                n_combines=stream.n_combines,
+                pack=cut.pack,
+                config=combine_config,
+            )
+
+        steps.append(Step(combine))
+    return Recipe([stream], scratch, steps)
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedBackward:
+    """A backward kernel's config, stream and wave for one plan."""
+
+    config: StreamConfig
+    stream: DeviceStream
+    wave: int
+
+
+def prepare_backward(
+    kernel: str, plan: Plan, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> PreparedBackward:
+    """As `prepare_forward`, for "backward_dkdv" or "backward_dq"."""
+    config = select(kernel, problem, device_of(q.device)).config
+    assert isinstance(config, StreamConfig)
+    group = q.shape[1] // k.shape[1]
+    if kernel == "backward_dkdv":
+        tiling = Tiling(config.block_k, config.block_q, transposed=True)
+        bytes_per_head = q.shape[0] * (q.shape[2] + v.shape[2]) * q.element_size() * group
+        wave = heads_per_wave(bytes_per_head, config.wave_bytes, k.shape[1])
+    else:
+        tiling = Tiling(config.block_q, config.block_k)
+        wave = _wave(config, k, v, 1, k.shape[1]) * group
+    return PreparedBackward(config, device_stream(plan, tiling, q.device), wave)
+
+
+def attention_backward_into(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Plan,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,  # noqa: ARG001 (the portable backward is deterministic either way)
+    dq: torch.Tensor | None,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The gradients of `attention_into`, into tensors that are there; None: not wanted.
+
+    Args:
+        dout, dlse: gradients of out and lse (natural log); dlse None: the loss does not read lse.
+        q, k, v, sinks, out, lse: what the forward had and gave.
+        dq: (Tq, Hq, D); dk, dv: (Tk, Hkv, D | Dv), float32 allowed, both or neither. Contiguous last dimensions; written.
+
+    Returns:
+        (Hq,) float32 gradient of the sinks, or None without sinks.
+    """
+    if runs_reference(q.device):
+        *found, dsinks = reference_gradients(
+            dout, dlse, q, k, v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks
+        )
+        for wanted, gradient in zip((dq, dk, dv), found, strict=True):
+            if wanted is not None:
+                wanted.copy_(gradient)
+        return dsinks
+    tensors: Tensors = dict(
+        q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), out=_contiguous_rows(out), lse=lse,
+        dout=_contiguous_rows(dout), dlse=None if dlse is None else _contiguous_rows(dlse), dq=dq, dk=dk, dv=dv,
+    )  # fmt: skip
+
+    def make() -> Recipe:
+        return _backward_recipe(plan, tensors, softmax_scale, softcap)
+
+    tensors = _recipe(plan, ("backward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+    if sinks is None:
+        return None
+    delta = tensors["delta"]
+    assert delta is not None
+    return _sink_gradient(sinks, lse, delta[0, : lse.numel()].view(lse.shape))
+
+
+def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
+    from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
+    from weft_attn.kernels.triton.backward_dq import backward_dq_call
+    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, stats_shape
+
+    q, k, v, dout = tensors["q"], tensors["k"], tensors["v"], tensors["dout"]
+    heads, total_q = q.shape[1], q.shape[0]
+    # One problem for both kernels, so that both are chosen alike. The copy engine counts elements in int32.
+    describable = _describable(q, k, v, dout) and SHIFTED_COPIES * heads * total_q < 2**31
+    problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
+    delta_config = select("delta", problem, device_of(q.device)).config
+    copies = 1
+    streams: list[DeviceStream] = []
+    steps: list[Step] = []
+
+    def delta(t: Any) -> KernelCall:
+        return delta_call(
+            out=t["out"],
+            dout=t["dout"],
+            lse=t["lse"],
+            dlse=t["dlse"],
+            delta=t["delta"],
+            lse_log2=t["lse_log2"],
+            config=delta_config,
+        )
+
+    if total_q:
+        steps.append(Step(delta))
+
+    def shared(t: Any, prepared: PreparedBackward) -> dict[str, Any]:
+        return dict(
+            q=t["q"],
+            k=t["k"],
+            v=t["v"],
+            dout=t["dout"],
+            lse_log2=t["lse_log2"],
+            delta=t["delta"],
+            items=prepared.stream.items,
+            runs=prepared.stream.runs,
+            n_items=prepared.stream.n_items,
+            heads_per_wave=prepared.wave,
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            config=prepared.config,
+        )
+
+    if tensors["dk"] is not None and k.shape[0]:
+        dkdv = prepare_backward("backward_dkdv", plan, problem, q, k, v)
+        copies = SHIFTED_COPIES if dkdv.config.use_tma else 1
+        streams.append(dkdv.stream)
+        steps.append(Step(lambda t: backward_dkdv_call(**shared(t, dkdv), dk=t["dk"], dv=t["dv"])))
+    if tensors["dq"] is not None and total_q:
+        rows = prepare_backward("backward_dq", plan, problem, q, k, v)
+        streams.append(rows.stream)
+        steps.append(Step(lambda t: backward_dq_call(**shared(t, rows), dq=t["dq"])))
+    shape = stats_shape(heads, total_q, copies)
+    return Recipe(streams, dict(delta=shape, lse_log2=shape), steps)
+
+
+def _sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """dsink_h = -sum_i exp(sink_h - lse_hi) delta_hi: the sink is a key whose value is zero."""
+    share = torch.exp(sinks.to(torch.float32)[:, None] - lse)
+    share = torch.where(torch.isneginf(lse), torch.zeros_like(share), share)
+    return -(share * delta).sum(dim=1)
