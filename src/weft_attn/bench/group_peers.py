@@ -31,8 +31,6 @@ from weft_attn.plan.build import concat_lengths
 _all_gather = getattr(functional, "all_gather_single_autograd", None) or functional.all_gather_tensor_autograd
 
 IntArray = NDArray[np.int64]
-# q, k, v, cu_seqlens_q, cu_seqlens_k -> out: causal, a document's last row aligned with its last key; packed (T, H, D).
-Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, IntArray, IntArray], torch.Tensor]
 
 
 class GroupPeer(Protocol):
@@ -63,11 +61,15 @@ class Half:
     cu_keys: IntArray
 
 
+# Causal attention of a half's rows to its keys, a document's last row aligned with its last key; packed (T, H, D).
+HalfAttend = Callable[[Half, torch.device], Attend]
+
+
 class AllGatherTwoCalls:
     """See the module."""
 
-    def __init__(self, name: str, varlen: Varlen, *, needs_cuda: bool) -> None:
-        self.name, self._varlen, self._needs_cuda = name, varlen, needs_cuda
+    def __init__(self, name: str, of_half: HalfAttend, *, needs_cuda: bool) -> None:
+        self.name, self._of_half, self._needs_cuda = name, of_half, needs_cuda
         self.note = "one gather, reordered; two launches; gradients added, reduced and scattered in the inputs' dtype"
 
     def supports(self, workload: Workload, device: torch.device, /) -> str | None:
@@ -80,21 +82,21 @@ class AllGatherTwoCalls:
         return "takes 16-bit inputs only" if self._needs_cuda and workload.model.dtype_bits != 16 else None
 
     def prepare(self, batch: ShardedBatch, device: torch.device, /) -> Attend:
-        halves = rank_halves(batch, device)
+        halves = [(half, self._of_half(half, device)) for half in rank_halves(batch, device)]
         # Every rank has as many rows: what it takes in the buffer is what it has.
         to_sequence = torch.from_numpy(batch.gathered_rows).to(device)
         group = dist.group.WORLD
         assert group is not None
-        to_packed = torch.cat([half.rows for half in halves]).argsort()
+        to_packed = torch.cat([half.rows for half, _ in halves]).argsort()
 
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             kv = torch.stack([k, v], dim=1)
             gathered = _all_gather(kv, 0, group)
             in_sequence = functional.wait_tensor(gathered).index_select(0, to_sequence)
             outs = []
-            for half in halves:
+            for half, attend_half in halves:
                 k_half, v_half = in_sequence.index_select(0, half.keys).unbind(dim=1)
-                outs.append(self._varlen(q.index_select(0, half.rows), k_half, v_half, half.cu_rows, half.cu_keys))
+                outs.append(attend_half(q.index_select(0, half.rows), k_half, v_half))
             return torch.cat(outs).index_select(0, to_packed)
 
         return attend
@@ -116,32 +118,28 @@ def rank_halves(batch: ShardedBatch, device: torch.device) -> tuple[Half, ...]:
     return tuple(halves)
 
 
-def _weft_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_rows: IntArray, cu_keys: IntArray) -> torch.Tensor:
-    out = weft.varlen_attention(q, k, v, cu_rows, cu_keys, causal=True)
-    assert isinstance(out, torch.Tensor)
-    return out
+def weft_half(half: Half, _device: torch.device) -> Attend:
+    """Weft's kernels on a plan that is built once."""
+    plan = weft.Plan.from_cu_seqlens(half.cu_rows, half.cu_keys, causal=True)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = weft.plan_attention(q, k, v, plan)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    return attend
 
 
-class _FlashVarlen:
-    """FlashAttention-2's operator, its cu_seqlens copied to the device once."""
-
-    def __init__(self) -> None:
-        self._on_device: dict[tuple[bytes, torch.device], torch.Tensor] = {}
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_rows: IntArray, cu_keys: IntArray) -> torch.Tensor:
-        rows, keys = (self._copied(cu, q.device) for cu in (cu_rows, cu_keys))
-        return peers.flash_varlen(q, k, v, rows, keys, int(np.diff(cu_rows).max()), int(np.diff(cu_keys).max()), True)
-
-    def _copied(self, cu_seqlens: IntArray, device: torch.device) -> torch.Tensor:
-        key = (cu_seqlens.tobytes(), device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.from_numpy(cu_seqlens).to(device, torch.int32)
-        return self._on_device[key]
+def flash_half(half: Half, device: torch.device) -> Attend:
+    """FlashAttention-2's operator, its cu_seqlens on the device already."""
+    rows, keys = (torch.from_numpy(cu).to(device, torch.int32) for cu in (half.cu_rows, half.cu_keys))
+    longest = int(np.diff(half.cu_rows).max()), int(np.diff(half.cu_keys).max())
+    return lambda q, k, v: peers.flash_varlen(q, k, v, rows, keys, *longest, True)
 
 
 GROUP_PEERS: tuple[GroupPeer, ...] = (
-    AllGatherTwoCalls("allgather-2calls-weft", _weft_varlen, needs_cuda=False),
-    AllGatherTwoCalls("allgather-2calls-flash", _FlashVarlen(), needs_cuda=True),
+    AllGatherTwoCalls("allgather-2calls-weft", weft_half, needs_cuda=False),
+    AllGatherTwoCalls("allgather-2calls-flash", flash_half, needs_cuda=True),
 )
 
 

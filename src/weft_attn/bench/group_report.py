@@ -18,8 +18,8 @@ MIB = 2**20
 
 def group_figures(records: Sequence[GroupRecord]) -> Table:
     """Time of the slowest rank, rate, spread over ranks, shares, memory above the inputs and by the formula, of each record."""
-    table = Table("case", "pass")
-    for name in ("who", "ms (quartiles)", "rate"):
+    table = Table("case")
+    for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)
     for name in ("ranks differ, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
         table.add_column(name)

@@ -99,7 +99,8 @@ def weft_ways(
         own, own_oracle: tensors of this rank's tokens, in its order; whole, whole_oracle: of the whole batch.
     """
     cu_seqlens = workload.cu_seqlens
-    plan = parallel.plan(cu_seqlens, causal=True)
+    # Built once, as a batch's plans are for all of its layers.
+    plan, whole_plan = parallel.plan(cu_seqlens, causal=True), weft.Plan.from_cu_seqlens(cu_seqlens, cu_seqlens, causal=True)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _only(parallel.attention(q, k, v, cu_seqlens, causal=True))
@@ -108,7 +109,7 @@ def weft_ways(
         return _only(weft.plan_attention(q, k, v, plan))
 
     def attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _only(weft.varlen_attention(q, k, v, cu_seqlens, cu_seqlens, causal=True))
+        return _only(weft.plan_attention(q, k, v, whole_plan))
 
     ways = [Way(WEFT, attend, own, own_oracle)]
     here = Tensors(own.q, (gathered_keys_and_values(batch, whole),), own.dout)
@@ -125,7 +126,7 @@ def weft_ways(
 @contextlib.contextmanager
 def without_kernels() -> Iterator[None]:
     """Inside, context parallelism does everything but compute."""
-    with mock.patch.object(gathered, "attend", _nothing), mock.patch.object(gathered, "differentiate", _nothing):
+    with mock.patch.multiple(gathered, attention_into=_nothing, attention_backward_into=_nothing):
         yield
 
 
