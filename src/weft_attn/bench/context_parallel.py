@@ -82,10 +82,9 @@ def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
         dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank(), device
-    finally:
-        dist.destroy_process_group()
+    yield dist.get_rank(), device
+    # Not where a rank fails: it would wait for the others, which wait for it in a collective until torchrun ends them.
+    dist.destroy_process_group()
 
 
 def run_group(request: Request, device: torch.device, notify: Notify = silent) -> Batches:
@@ -315,10 +314,19 @@ def link_records(request: Request, device: torch.device, environment: Environmen
                 peer=str(dist.get_backend()),
                 pass_name=link.operation,
                 status=OK if link.right else RED,
-                note="" if link.right else "a rank holds other values than the ranks sent",
+                note=_backend() if link.right else "a rank holds other values than the ranks sent",
                 environment=environment,
                 bytes_received=link.bytes_received,
                 **(figures if link.right else {}),  # type: ignore[arg-type]
             )
         )
     return records
+
+
+def _backend() -> str:
+    """What the collectives run with, as far as their speed depends on it."""
+    if dist.get_backend() != "nccl":
+        return "gloo"
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")]
+    return ", ".join([f"NCCL {version}", *settings])

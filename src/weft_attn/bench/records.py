@@ -166,7 +166,7 @@ def read_json(path: Path, kind: type[R] = Record) -> list[R]:  # type: ignore[as
     """
     try:
         return [_record(entry, kind) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidInput(
             f"the file holds benchmark records: expected what `weft bench --out` writes, given {path}"
         ) from error

@@ -51,6 +51,9 @@ class Hardware:
     rates: Rates
     network: float | None = None
 
+    def __post_init__(self) -> None:
+        require(self.network is None or self.network > 0, "the network's rate is a rate", expected="> 0", given=self.network)
+
     def collective_ms(self, operation: str, share_bytes: float, world_size: int) -> float:
         """Milliseconds of a collective in which every rank receives `share_bytes` from each other rank."""
         if world_size == 1:
