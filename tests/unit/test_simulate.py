@@ -47,7 +47,7 @@ def measured(head_dim: int = 128, dtype_name: str = "bf16") -> Rates:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_work_of_a_rank_is_its_plans(layout: str, world_size: int, lengths: tuple[int, ...]):
     workload = Workload(lengths, world_size, HOUSE, layout)
-    tokens, pairs = simulate.rank_work(workload)
+    tokens, pairs = simulate.work_by_rank(workload)
     cu_seqlens = workload.cu_seqlens.tobytes()
     for rank in range(world_size):
         batch = sharded_batch(layout, cu_seqlens, rank, world_size)
@@ -58,9 +58,9 @@ def test_the_work_of_a_rank_is_its_plans(layout: str, world_size: int, lengths: 
 
 def test_documents_are_counted_whole_whatever_block_they_fall_into(monkeypatch: pytest.MonkeyPatch):
     workload = Workload(LENGTHS, 3, HOUSE)
-    whole = simulate.rank_work(workload)
+    whole = simulate.work_by_rank(workload)
     monkeypatch.setattr(simulate, "BLOCK", 2)
-    for one, other in zip(whole, simulate.rank_work(workload), strict=True):
+    for one, other in zip(whole, simulate.work_by_rank(workload), strict=True):
         assert one.tolist() == other.tolist()
 
 

@@ -7,7 +7,6 @@ time; a result that is wrong on any rank takes the figure away on all.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -103,7 +102,6 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
         yield link_records(request, device, environment)
     for workload in chosen:
         yield run_workload(workload, request, parallel, device, environment, notify)
-        gc.collect()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from weft_attn.bench.group_ways import BOTH, FORWARD, IDEAL, KERNELS
 from weft_attn.bench.rates import KernelRate, LinkRate, Rates
 from weft_attn.bench.records import GroupRecord
-from weft_attn.bench.simulate import rank_work
+from weft_attn.bench.simulate import work_by_rank
 from weft_attn.bench.workload import Workload
 from weft_attn.errors import Unsupported
 from weft_attn.plan.cost import BACKWARD_OVER_FORWARD
@@ -51,7 +51,7 @@ def _kernel_rates(workload: Workload, forward: GroupRecord, both: GroupRecord) -
     """Of a rank's kernels, or of the whole batch on one GPU, whose records hold its time over the ranks."""
     assert forward.milliseconds is not None
     assert both.milliseconds is not None
-    tokens, pairs = rank_work(workload)
+    tokens, pairs = work_by_rank(workload)
     busiest = int(pairs.argmax())
     rows, visible, times = int(tokens[busiest]), int(pairs[busiest]), 1
     if forward.peer == IDEAL:

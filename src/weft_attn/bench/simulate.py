@@ -142,7 +142,7 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
     """
     model, world_size = workload.model, workload.world_size
     _require_rates(workload, hardware.rates)
-    tokens, pairs = rank_work(workload)
+    tokens, pairs = work_by_rank(workload)
     memory = _memory(workload, int(tokens.max()))
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
@@ -180,7 +180,7 @@ def _memory(workload: Workload, rank_stride: int) -> Memory:
         raise InvalidInput(f"on {workload.world_size} ranks: {error}") from None
 
 
-def rank_work(workload: Workload) -> tuple[IntArray, IntArray]:
+def work_by_rank(workload: Workload) -> tuple[IntArray, IntArray]:
     """(W,) rows and (W,) visible pairs of every rank."""
     layout = layout_named(workload.layout)
     tokens = pairs = np.zeros(workload.world_size, dtype=np.int64)
