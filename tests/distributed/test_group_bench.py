@@ -11,7 +11,18 @@ import torch
 import torch.distributed as dist
 
 import weft_attn as weft
-from weft_attn.bench import context_parallel, group_peers, group_report, group_ways, links, peers, records, report, timing
+from weft_attn.bench import (
+    context_parallel,
+    group_peers,
+    group_report,
+    group_ring,
+    group_ways,
+    links,
+    peers,
+    records,
+    report,
+    timing,
+)
 from weft_attn.bench.cases import Model
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
 from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT
@@ -33,7 +44,7 @@ DIVISIBLE, ODD = (24, 0, 8, 40), (37, 0, 1, 20)
 
 
 def request(**options) -> context_parallel.Request:
-    chosen = group_peers.chosen_group_peers(["allgather-2calls-weft"])
+    chosen = context_parallel.chosen_peers(["allgather-2calls-weft"])
     return context_parallel.Request(model=SMALL, peers=chosen, device_name="cpu", pace=PACE, quick=True, **options)
 
 
@@ -267,7 +278,7 @@ def flash_on_the_reference(rank: int, world_size: int) -> list[GroupRecord]:
         return reference_attention(q, k, v, weft.Plan.from_cu_seqlens(cu_rows, cu_keys, causal=causal))[0]
 
     peers.flash_varlen = flash
-    peer = group_peers.AllGatherTwoCalls("flash", group_peers.flash_half, needs_cuda=False)
+    peer = group_peers.AllGatherTwoCalls("flash", group_peers.flash_half, needs_flash=False)
     parallel = weft.ContextParallel()
     workload = Workload(tuple(3 * n for n in DIVISIBLE), world_size, SMALL)
     return context_parallel.run_workload(workload, replace(request(), peers=[peer]), parallel, CPU, ENVIRONMENT)
@@ -278,18 +289,59 @@ def test_the_two_calls_peer_is_right_with_other_kernels_and_on_three_ranks():
     assert {r.status for r in found if r.peer == "flash"} == {OK}
 
 
-def test_flash_needs_a_gpu_and_16_bits():
-    peer = next(peer for peer in group_peers.GROUP_PEERS if peer.name == "allgather-2calls-flash")
+def ring_on_formulas(rank: int, world_size: int, lengths: tuple[int, ...]) -> list[GroupRecord]:
+    def probabilities(q, k, step, lse=None):
+        """(H, rows, keys), and lse (H, rows): a document's last row is aligned with its last key."""
+        plan = weft.Plan.from_cu_seqlens(step.cu_rows, step.cu_keys, causal=step.causal)
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("rhd,khd->hrk", q, keys) * q.shape[2] ** -0.5
+        scores = scores.masked_fill(~plan.to_mask(), float("-inf"))
+        lse = scores.logsumexp(dim=-1) if lse is None else lse
+        return torch.exp(scores - lse[..., None]).nan_to_num(0.0), lse
+
+    def forward(q, k, v, step):
+        probs, lse = probabilities(q, k, step)
+        return torch.einsum("hrk,khd->rhd", probs, v.repeat_interleave(2, dim=1)), lse, [lse.new_zeros(1)]
+
+    def backward(dout, q, k, v, out, lse, step, rest):
+        assert len(rest) == 1
+        probs, _ = probabilities(q, k, step, lse)
+        scale = q.shape[2] ** -0.5
+        delta = (dout * out).sum(dim=-1).T[..., None]
+        dscores = probs * (torch.einsum("rhd,khd->hrk", dout, v.repeat_interleave(2, dim=1)) - delta) * scale
+        dq = torch.einsum("hrk,khd->rhd", dscores, k.repeat_interleave(2, dim=1))
+        dk, dv = torch.einsum("hrk,rhd->khd", dscores, q), torch.einsum("hrk,rhd->khd", probs, dout)
+        return dq, *(x.unflatten(1, (-1, 2)).sum(dim=2) for x in (dk, dv))
+
+    group_ring.flash_forward, group_ring.flash_backward = forward, backward
+    peer = group_ring.ZigzagRing()
+    peer.supports = lambda workload, device: None
+    parallel = weft.ContextParallel()
+    workload = Workload(lengths, world_size, SMALL)
+    return context_parallel.run_workload(workload, replace(request(), peers=[peer]), parallel, CPU, ENVIRONMENT)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ring_peer_is_right_whatever_kernels_it_runs(world_size: int):
+    found = run_ranks(ring_on_formulas, world_size, tuple(2 * world_size * n for n in (3, 0, 1, 5)))[0]
+    assert [(r.status, r.note) for r in found if r.peer == group_ring.ZigzagRing.name] == [(OK, group_ring.ZigzagRing.note)] * 2
+
+
+@pytest.mark.parametrize("name", ["allgather-2calls-flash", "zigzag-ring-flash"])
+def test_flash_needs_a_gpu_and_16_bits(name: str):
+    peer = next(peer for peer in context_parallel.PEERS if peer.name == name)
     workload = Workload(DIVISIBLE, 2, SMALL)
     assert "CUDA" in str(peer.supports(workload, CPU))
     assert "16-bit" in str(peer.supports(workload, torch.device("cuda")))
-    assert peer.supports(replace(workload, model=Model()), torch.device("cuda")) is None
+    house = replace(workload, model=Model())
+    assert peer.supports(house, torch.device("cuda")) is None
+    assert "divides" in str(peer.supports(replace(house, lengths=ODD), torch.device("cuda")))
 
 
 def test_unknown_peers_are_refused():
-    assert len(group_peers.chosen_group_peers(None)) == 2
+    assert len(context_parallel.chosen_peers(None)) == 3
     with pytest.raises(InvalidInput, match="expected one of"):
-        group_peers.chosen_group_peers(["ring"])
+        context_parallel.chosen_peers(["spiral"])
 
 
 def test_a_process_that_is_no_rank_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import weft_attn as weft
 from weft_attn.bench import links
 from weft_attn.bench.cases import Case, Model, PackedDocuments, Tensors, chosen_device, make_tensors
-from weft_attn.bench.group_peers import GroupPeer
+from weft_attn.bench.group_peers import TWO_CALLS, GroupPeer
+from weft_attn.bench.group_ring import ZigzagRing
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
 from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Way, weft_ways
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
@@ -29,14 +30,29 @@ from weft_attn.bench.timing import Notify, Pace, Samples, clock_of, silent
 from weft_attn.bench.workload import Workload, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.shard import ShardedBatch, sharded_batch
-from weft_attn.errors import Unsupported
+from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.compare import Budget
 
 SUITE = "cp"
 ITERATIONS = "it/s"
 
+PEERS: tuple[GroupPeer, ...] = (*TWO_CALLS, ZigzagRing())
+
 Batches = Iterator[list[GroupRecord]]
+
+
+def chosen_peers(wanted: Sequence[str] | None) -> list[GroupPeer]:
+    """The peers of these names, None: all.
+
+    Raises:
+        InvalidInput: a name that is no peer's.
+    """
+    known = {peer.name: peer for peer in PEERS}
+    for name in wanted or ():
+        if name not in known:
+            raise InvalidInput(f"the peer is known: expected one of {sorted(known)}, given {name!r}")
+    return [peer for name, peer in known.items() if wanted is None or name in wanted]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ the way of parallelism makes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,6 @@ from weft_attn.bench import peers
 from weft_attn.bench.group_ways import Attend
 from weft_attn.bench.workload import Workload
 from weft_attn.distributed.shard import ShardedBatch
-from weft_attn.errors import InvalidInput
 from weft_attn.plan.build import concat_lengths
 
 # Newer releases of torch have it under another name, and warn of the old one.
@@ -68,18 +67,12 @@ HalfAttend = Callable[[Half, torch.device], Attend]
 class AllGatherTwoCalls:
     """See the module."""
 
-    def __init__(self, name: str, of_half: HalfAttend, *, needs_cuda: bool) -> None:
-        self.name, self._of_half, self._needs_cuda = name, of_half, needs_cuda
+    def __init__(self, name: str, of_half: HalfAttend, *, needs_flash: bool) -> None:
+        self.name, self._of_half, self._needs_flash = name, of_half, needs_flash
         self.note = "one gather, reordered; two launches; gradients added, reduced and scattered in the inputs' dtype"
 
     def supports(self, workload: Workload, device: torch.device, /) -> str | None:
-        if workload.layout != "zigzag":
-            return "it is written for the zigzag layout"
-        if any(length % (2 * workload.world_size) for length in workload.lengths):
-            return "it needs documents that 2 x ranks divides"
-        if self._needs_cuda and device.type != "cuda":
-            return "needs a CUDA device"
-        return "takes 16-bit inputs only" if self._needs_cuda and workload.model.dtype_bits != 16 else None
+        return needs_flash(workload, device) if self._needs_flash else needs_equal_shares(workload)
 
     def prepare(self, batch: ShardedBatch, device: torch.device, /) -> Attend:
         halves = [(half, self._of_half(half, device)) for half in rank_halves(batch, device)]
@@ -100,6 +93,22 @@ class AllGatherTwoCalls:
             return torch.cat(outs).index_select(0, to_packed)
 
         return attend
+
+
+def needs_equal_shares(workload: Workload) -> str | None:
+    """Why a peer whose chunks are all of one length cannot run a workload, or None."""
+    if workload.layout != "zigzag":
+        return "it is written for the zigzag layout"
+    if any(length % (2 * workload.world_size) for length in workload.lengths):
+        return "it needs documents that 2 x ranks divides"
+    return None
+
+
+def needs_flash(workload: Workload, device: torch.device) -> str | None:
+    """Why a peer of equal chunks cannot run a workload on FlashAttention-2, or None."""
+    if device.type != "cuda":
+        return "needs a CUDA device"
+    return "takes 16-bit inputs only" if workload.model.dtype_bits != 16 else needs_equal_shares(workload)
 
 
 def rank_halves(batch: ShardedBatch, device: torch.device) -> tuple[Half, ...]:
@@ -137,20 +146,7 @@ def flash_half(half: Half, device: torch.device) -> Attend:
     return lambda q, k, v: peers.flash_varlen(q, k, v, rows, keys, *longest, True)
 
 
-GROUP_PEERS: tuple[GroupPeer, ...] = (
-    AllGatherTwoCalls("allgather-2calls-weft", weft_half, needs_cuda=False),
-    AllGatherTwoCalls("allgather-2calls-flash", flash_half, needs_cuda=True),
+TWO_CALLS: tuple[GroupPeer, ...] = (
+    AllGatherTwoCalls("allgather-2calls-weft", weft_half, needs_flash=False),
+    AllGatherTwoCalls("allgather-2calls-flash", flash_half, needs_flash=True),
 )
-
-
-def chosen_group_peers(wanted: Sequence[str] | None) -> list[GroupPeer]:
-    """The peers of these names, None: all.
-
-    Raises:
-        InvalidInput: a name that is no peer's.
-    """
-    known = {peer.name: peer for peer in GROUP_PEERS}
-    for name in wanted or ():
-        if name not in known:
-            raise InvalidInput(f"the peer is known: expected one of {sorted(known)}, given {name!r}")
-    return [peer for name, peer in known.items() if wanted is None or name in wanted]

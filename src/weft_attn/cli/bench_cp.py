@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weft_attn.bench import cases, context_parallel, group_peers, group_report, measured_rates, rates, report, timing
+from weft_attn.bench import cases, context_parallel, group_report, measured_rates, rates, report, timing
 from weft_attn.bench.records import GroupRecord
 
 
@@ -34,7 +34,7 @@ def bench_cp(
     """
     request = context_parallel.Request(
         model=cases.chosen_model(quick=quick, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype_name=dtype),
-        peers=group_peers.chosen_group_peers(cases.comma_separated(peers)),
+        peers=context_parallel.chosen_peers(cases.comma_separated(peers)),
         device_name=device,
         pace=timing.chosen_pace(quick=quick, rounds=rounds),
         layout=layout,
