@@ -10,26 +10,12 @@ from hypothesis import strategies as st
 from weft_attn import InvalidInput, InvalidPlan, Plan
 from weft_attn.plan.layouts import LAYOUTS
 from weft_attn.testing.cases import cumulative
+from weft_attn.testing.parallel import owned
 
 LENGTHS = st.lists(st.integers(0, 30), max_size=5)
 WORLDS = st.integers(1, 5)
 WINDOWS = st.none() | st.tuples(st.none() | st.integers(0, 12), st.none() | st.integers(0, 12))
 NAMES = st.sampled_from(sorted(LAYOUTS))
-
-
-def owned_rows(layout: str, length: int, rank: int, world: int) -> list[int]:
-    """Rows of one document that a rank owns, by the words of the design."""
-    if layout == "striped":
-        return list(range(rank, length, world))
-    if layout == "contiguous":
-        return list(range(rank * length // world, (rank + 1) * length // world))
-    chunks = (rank, 2 * world - 1 - rank)
-    return [t for c in chunks for t in range(c * length // (2 * world), (c + 1) * length // (2 * world))]
-
-
-def owned(layout: str, lengths: list[int], rank: int, world: int) -> list[tuple[int, int]]:
-    """(document, position) of a rank's rows in its packed order."""
-    return [(d, t) for d, n in enumerate(lengths) for t in owned_rows(layout, n, rank, world)]
 
 
 @given(name=NAMES, lengths=LENGTHS, world=WORLDS)
@@ -68,6 +54,17 @@ def test_a_ranks_rows_see_what_the_whole_documents_rows_see(
         keys = [cu[d] + t for d, t in owned(name, lengths, r, world)]
         expected[:, starts[r] : starts[r] + counts[r]] = whole[np.ix_(rows, keys)]
     np.testing.assert_array_equal(plan.to_mask().numpy(), expected)
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_window_that_ends_before_a_neighbour_in_the_buffer_keeps_it_whole(name: str) -> None:
+    # Of 2 ranks, rank 0's late chunk sees nothing of its early one, which is its neighbour in the buffer, and all of itself.
+    for length, left in ((21, 9), (21, 3), (64, 20)):
+        whole = Plan.dense(1, length, length, causal=True, window=(left, None))
+        for world in (2, 3, 4):
+            assert (
+                sum(Plan.sharded(name, [0, length], r, world, window=(left, None)).pairs for r in range(world)) == whole.pairs
+            )
 
 
 def test_zigzag_is_one_of_the_layouts() -> None:

@@ -257,7 +257,8 @@ def join_neighbours(table: IntArray) -> IntArray:
     """Join consecutive slices of the same rows whose keys touch and whose union is one band.
 
     That holds when the first is open to the right (every row sees up to its last key) and the second to the left: then the
-    union is bounded on the left by the first and on the right by the second. Fewer slices, fewer ragged tiles.
+    union is bounded on the left by the first and on the right by the second. A bound may leave a row without keys of its slice,
+    but not reach past it, into the other one. Fewer slices, fewer ragged tiles.
     """
     if len(table) < 2:
         return table
@@ -266,7 +267,8 @@ def join_neighbours(table: IntArray) -> IntArray:
     touching = k_start[1:] == k_start[:-1] + k_len[:-1]
     open_right = hi[:-1] >= k_len[:-1] - 1
     open_left = lo[1:] <= 1 - q_len[1:]
-    head = np.concatenate([[True], ~(same_rows & touching & open_right & open_left)])
+    bounds_keep_inside = (lo[:-1] + q_len[:-1] - 1 <= k_len[:-1]) & (hi[1:] >= -1)
+    head = np.concatenate([[True], ~(same_rows & touching & open_right & open_left & bounds_keep_inside)])
     first = np.flatnonzero(head)
     last = np.concatenate([first[1:], [len(table)]]) - 1
     joined = table[first].copy()

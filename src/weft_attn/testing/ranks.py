@@ -145,7 +145,9 @@ def _rank(sender: Connection, setup: _Setup, payload: bytes) -> None:
         with suppress(Exception):
             pickled = pickle.dumps(error)
         # Before the group goes down, which makes the other ranks fail.
-        sender.send(_Failure(setup.rank, when, pickled, text))
+        # The caller may have gone already, with another rank's failure.
+        with suppress(OSError):
+            sender.send(_Failure(setup.rank, when, pickled, text))
     sender.close()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Results and all gradients of all ranks against the oracle on one process: every layout, every feature, 1 to 4 processes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from weft_attn.plan.layouts import LAYOUTS
+from weft_attn.testing.cases import Case
+from weft_attn.testing.parallel import LENGTHS, ParallelCase, RankResults, assert_ranks_match_oracle, run_cases
+from weft_attn.testing.ranks import run_ranks
+
+GQA = Case(heads=6, kv_heads=3)
+EVERYTHING = Case(heads=8, kv_heads=4, head_dim=24, head_dim_v=40, softcap=2.0, softmax_scale=0.3, sinks=True)
+
+CASES = [
+    case
+    for layout in sorted(LAYOUTS)
+    for case in (
+        ParallelCase(layout, attention=GQA),
+        ParallelCase(layout, attention=EVERYTHING, window=(9, None)),
+        ParallelCase(layout, attention=EVERYTHING, heads_per_group=1),
+        ParallelCase(layout, attention=EVERYTHING, heads_per_group=1, keep_gathered=True),
+        ParallelCase(layout, attention=GQA, causal=False, window=(5, 7)),
+        ParallelCase(layout, attention=GQA, causal=False, heads_per_group=2, keep_gathered=True),
+        # One KV head, fewer than ranks.
+        ParallelCase(layout, attention=Case(heads=4, kv_heads=1, sinks=True)),
+        ParallelCase(layout, attention=Case(heads=4, kv_heads=4, dtype=torch.bfloat16, lse_gradient=False)),
+        ParallelCase(layout, attention=Case(heads=4, kv_heads=2, dtype=torch.float16, head_dim_v=8), window=(0, 3)),
+        # Documents too short for some ranks, which have no row at all.
+        ParallelCase(layout, lengths=(1,), attention=Case(sinks=True)),
+        ParallelCase(layout, lengths=(0, 3, 0)),
+        ParallelCase(layout, lengths=(1, 1, 1, 2)),
+        ParallelCase(layout, lengths=(0, 0)),
+        ParallelCase(layout, lengths=()),
+        ParallelCase(layout, lengths=(64,), window=(0, 0)),
+    )
+]
+
+
+@lru_cache
+def computed(world_size: int) -> list[list[RankResults]]:
+    """Of each case all ranks' results; all cases in one spawn."""
+    return list(zip(*run_ranks(run_cases, world_size, CASES), strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_ranks_together_match_the_oracle(world_size: int) -> None:
+    for case, ranks in zip(CASES, computed(world_size), strict=True):
+        try:
+            assert_ranks_match_oracle(case, ranks)
+        except AssertionError as error:
+            raise AssertionError(f"{case} on {world_size} ranks: {error}") from error
+
+
+def test_the_cases_have_ranks_without_rows() -> None:
+    assert LENGTHS.count(0)
+    rows = [[len(rank.positions) for rank in ranks] for ranks in computed(4)]
+    assert any(min(counts) == 0 < max(counts) for counts in rows)

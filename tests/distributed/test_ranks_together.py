@@ -1,0 +1,365 @@
+"""What several ranks do together: overlap, memory, repeatability, disagreement, compilation, meshes, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import weft_attn as weft
+from weft_attn.distributed import gathered
+from weft_attn.distributed.collectives import Ranks
+from weft_attn.testing.cases import Case, make_inputs
+from weft_attn.testing.parallel import ParallelCase
+from weft_attn.testing.ranks import run_ranks
+
+# One worker runs this file, in one spawn.
+pytestmark = pytest.mark.xdist_group("ranks_together")
+
+CU = [0, 9, 9, 10, 33]
+CASE = ParallelCase(
+    lengths=(9, 0, 1, 23), attention=Case(heads=8, kv_heads=4, head_dim_v=24, sinks=True), heads_per_group=1
+)  # fmt: skip
+
+
+def local_tensors(cp: weft.ContextParallel, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    x = make_inputs(CASE.attention, CASE.whole_plan)
+    return [cp.shard(CU, t.to(dtype)).requires_grad_() for t in (x.q, x.k, x.v)]
+
+
+def attention(cp: weft.ContextParallel, *tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+    out = cp.attention(*tensors, CU, **options)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def together(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
+    """All questions of this file in one spawn: what each function below finds on this rank."""
+    return {name: QUESTIONS[name](rank, world_size) for name in names}
+
+
+# ---- order and memory -----------------------------------------------------------------------------------------------------
+
+
+def order_of_work(rank: int, world_size: int) -> list[str]:
+    """Starts and ends of collectives, and computations, as a call's forward and backward make them."""
+    cp, log = CASE.parallel(), []
+
+    class Logged:
+        def __init__(self, pending: Any, name: str) -> None:
+            self.pending, self.name = pending, name
+
+        def wait(self) -> None:
+            log.append(f"{self.name} done")
+            self.pending.wait()
+
+    def logged(name: str, original: Any, collective: bool) -> Any:
+        def call(*args: Any) -> Any:
+            log.append(name)
+            found = original(*args)
+            return Logged(found, name) if collective else found
+
+        return call
+
+    with (
+        mock.patch.object(Ranks, "all_gather", logged("gather", Ranks.all_gather, True)),
+        mock.patch.object(Ranks, "reduce_scatter", logged("reduce", Ranks.reduce_scatter, True)),
+        mock.patch.object(gathered, "attention_into", logged("attend", gathered.attention_into, False)),
+        mock.patch.object(
+            gathered, "attention_backward_into", logged("differentiate", gathered.attention_backward_into, False)
+        ),
+    ):
+        attention(cp, *local_tensors(cp)).sum().backward()
+    return log
+
+
+def bytes_taken(rank: int, world_size: int) -> list[tuple[int, ...]]:
+    """What buffers of a forward and a backward take, and what `memory` says of it."""
+    of, found = CASE.attention, []
+    for keep in (False, True):
+        case = replace(CASE, keep_gathered=keep, heads_per_group=2)
+        cp, made = case.parallel(), []
+        build = gathered._Turns.__init__
+
+        def logged(self: Any, *args: Any, build: Any = build, made: list[int] = made) -> None:
+            build(self, *args)
+            made.append(sum(m.numel() * m.element_size() for m in self.memory))
+
+        with mock.patch.object(gathered._Turns, "__init__", logged):
+            out = attention(cp, *local_tensors(cp))
+            forward = sum(made)
+            out.sum().backward()
+        said = cp.memory(CU, heads=8, kv_heads=4, head_dim=of.head_dim, head_dim_v=of.dim_v, dtype=of.dtype)
+        assert said.backward <= said.limit
+        found.append((forward, said.forward + said.kept, sum(made[1:]), said.backward))
+    return found
+
+
+# ---- results --------------------------------------------------------------------------------------------------------------
+
+
+def repeated(rank: int, world_size: int) -> bool:
+    """Two runs of forward and backward give the same bits."""
+    runs = []
+    for _ in range(2):
+        cp = CASE.parallel()
+        leaves = local_tensors(cp)
+        out = attention(cp, *leaves)
+        runs.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    return all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def some_gradients(rank: int, world_size: int) -> bool:
+    """Whichever of q, k and v ask for gradients, they get the same ones, and no reduction where neither k nor v does."""
+    cp = CASE.parallel()
+    leaves = local_tensors(cp)
+    every = torch.autograd.grad(attention(cp, *leaves).square().sum(), leaves)
+    for asked in ((0,), (1,), (2,), (0, 2)):
+        some = [x if i in asked else x.detach() for i, x in enumerate(leaves)]
+        out = attention(cp, *some)
+        reduces = mock.patch.object(Ranks, "reduce_scatter", side_effect=AssertionError) if asked == (0,) else mock.MagicMock()
+        with reduces:
+            found = torch.autograd.grad(out.square().sum(), [some[i] for i in asked])
+        if not all(torch.equal(one, every[i]) for i, one in zip(asked, found, strict=True)):
+            return False
+    with torch.no_grad():
+        return not attention(cp, *leaves).requires_grad
+
+
+def reduced_in_low_precision(rank: int, world_size: int) -> list[torch.dtype]:
+    cp = weft.ContextParallel(grad_reduce_dtype=torch.bfloat16)
+    seen: list[torch.dtype] = []
+    original = Ranks.reduce_scatter
+
+    def logged(self: Ranks, output: torch.Tensor, buffer: torch.Tensor) -> Any:
+        seen.append(buffer.dtype)
+        return original(self, output, buffer)
+
+    leaves = local_tensors(cp)
+    with mock.patch.object(Ranks, "reduce_scatter", logged):
+        attention(cp, *leaves).sum().backward()
+    assert leaves[1].grad is not None
+    return [*seen, leaves[1].grad.dtype]
+
+
+def gradient_through_unshard(rank: int, world_size: int) -> bool:
+    """The sum of the ranks' losses, each of all rows: every rank's weight of a row adds up."""
+    cp = weft.ContextParallel(layout="striped")
+    local = cp.shard(CU, torch.randn(33, 3)).requires_grad_()
+    whole = cp.unshard(CU, local)
+    (whole * torch.arange(33.0)[:, None] * (rank + 1)).sum().backward()
+    assert local.grad is not None
+    weights = cp.shard(CU, torch.arange(33.0)) * sum(range(1, world_size + 1))
+    return torch.equal(local.grad, weights[:, None].expand(-1, 3))
+
+
+def checkpointed(rank: int, world_size: int) -> bool:
+    cp = CASE.parallel()
+    leaves = local_tensors(cp)
+    found = []
+    for run in (
+        partial(attention, cp),
+        partial(torch.utils.checkpoint.checkpoint, partial(attention, cp), use_reentrant=False),
+    ):
+        found.append(torch.autograd.grad(run(*leaves).square().sum(), leaves))
+    return all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, cp: weft.ContextParallel) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = torch.nn.Linear(32, 4 * 16)
+        self.cp = cp
+
+    def forward(self, x: torch.Tensor, cu_seqlens: list[int]) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(-1, 4, 16).split([2, 1, 1], dim=1)
+        out = self.cp.attention(q, k, v, cu_seqlens)
+        assert isinstance(out, torch.Tensor)
+        return out.flatten(1).sin()
+
+
+def compiled(rank: int, world_size: int) -> float:
+    """The largest difference between a compiled layer and itself, gradients included."""
+    layer = Layer(weft.ContextParallel())
+    fast = torch.compile(layer, backend="aot_eager")
+    worst = 0.0
+    for cu in (CU, [0, 4, 33], [0, 20]):
+        x = layer.cp.shard(cu, torch.randn(cu[-1], 32))
+        found = [torch.autograd.grad(run(x, cu).square().sum(), list(layer.parameters())) for run in (layer, fast)]
+        worst = max(worst, *(float((one - other).abs().max()) for one, other in zip(*found, strict=True)))
+    return worst
+
+
+# ---- groups ---------------------------------------------------------------------------------------------------------------
+
+
+def groups_of_ranks(rank: int, world_size: int) -> list[Any]:
+    """A mesh dimension, its group, a mesh of two dimensions, a group of one rank, a group without this rank."""
+    mesh = dist.init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "cp"))
+    alone = [dist.new_group([r]) for r in range(world_size)]
+    made = [weft.ContextParallel(g) for g in (mesh["cp"], mesh.get_group("cp"), mesh["dp"], alone[rank])]
+    refused = []
+    for group in (mesh, alone[rank - 1]):
+        with pytest.raises(weft.InvalidInput) as raised:
+            weft.ContextParallel(group)
+        refused.append(str(raised.value))
+    x = torch.randn(10, 2, 16)
+    assert torch.equal(attention_of(made[2], x), weft.varlen_attention(x, x, x, [0, 10], [0, 10], causal=True))  # type: ignore[arg-type]
+    return [*((cp.rank, cp.world_size) for cp in made), *refused]
+
+
+def attention_of(cp: weft.ContextParallel, x: torch.Tensor) -> torch.Tensor:
+    out = cp.attention(x, x, x, [0, 10])
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+# ---- disagreement ---------------------------------------------------------------------------------------------------------
+
+
+def disagreements(rank: int, world_size: int) -> dict[str, str]:
+    """What a rank is told, in debug mode, where rank 1 does something else."""
+    cp = weft.ContextParallel(debug=True)
+    odd = rank == 1
+
+    def call(
+        cu: list[int] = CU, dtype: torch.dtype = torch.float32, heads: int = 2, cp: Any = cp, grad: bool = False, **options: Any
+    ) -> object:
+        x = cp.shard(cu, torch.randn(cu[-1], heads, 16, dtype=dtype)).requires_grad_(grad)
+        return cp.attention(x, x[:, :2], x[:, :2], cu, **options)
+
+    other_layout = weft.ContextParallel(layout="contiguous", debug=True)
+    cases: dict[str, Callable[[], object]] = {
+        "none": call,
+        "cu_seqlens": lambda: call([0, 10, 10, 19, 33] if odd else CU),
+        "dtype": lambda: call(dtype=torch.bfloat16 if odd else torch.float32),
+        "heads and dims": lambda: call(heads=4 if odd else 2),
+        "mask": lambda: call(window=(4, None) if odd else None),
+        "scalars": lambda: call(softcap=3.0 if odd else 0.0),
+        "gradients": lambda: call(grad=odd),
+        "layout": lambda: call([0, 1], cp=other_layout if odd else cp),
+        "call": lambda: cp.unshard(CU, cp.shard(CU, torch.zeros(33, 2, 16))) if odd else call(),
+        "refusal": lambda: call(softcap=-1.0 if odd else 0.0),
+        "unshard": lambda: cp.unshard(CU, torch.zeros(3)) if odd else cp.unshard(CU, cp.shard(CU, torch.zeros(33))),
+    }
+    told = {}
+    for name, make in cases.items():
+        try:
+            make()
+            told[name] = ""
+        except weft.WeftError as error:
+            told[name] = f"{type(error).__name__}: {error}"
+    return told
+
+
+def left_alone(rank: int, world_size: int) -> str:
+    """Without debug mode: the ranks that call wait for one that refused as long as their group's timeout says."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    cp = weft.ContextParallel(group)
+    x = cp.shard(CU, torch.randn(33, 2, 16))
+    told = ""
+    try:
+        cp.attention(x, x, x, CU, softcap=-1.0 if rank == 1 else 0.0)
+    except (RuntimeError, weft.WeftError) as error:
+        told = type(error).__name__
+    dist.barrier()
+    return told
+
+
+QUESTIONS: dict[str, Callable[[int, int], Any]] = {
+    f.__name__: f
+    for f in (
+        order_of_work,
+        bytes_taken,
+        repeated,
+        some_gradients,
+        reduced_in_low_precision,
+        gradient_through_unshard,
+        checkpointed,
+        compiled,
+        groups_of_ranks,
+        disagreements,
+        left_alone,
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[dict[str, Any]]:
+    return run_ranks(together, 3, list(QUESTIONS))
+
+
+def test_a_collective_runs_beside_the_next_groups_work(answers: list[dict[str, Any]]) -> None:
+    groups = 4
+    forward = ["gather"]
+    for group in range(groups):
+        forward += ["gather done", *(["gather"] if group + 1 < groups else []), "attend"]
+    backward = ["gather"]
+    for group in range(groups):
+        backward += ["gather done", *(["gather"] if group + 1 < groups else []), "differentiate", "reduce"]
+        backward += ["reduce done"] if group else []
+    backward += ["reduce done"]
+    for answer in answers:
+        assert answer["order_of_work"] == forward + backward
+
+
+def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        for forward, said_forward, backward, said_backward in answer["bytes_taken"]:
+            assert (forward, backward) == (said_forward, said_backward)
+
+
+@pytest.mark.parametrize("question", ["repeated", "some_gradients", "gradient_through_unshard", "checkpointed"])
+def test_on_every_rank_it_holds_that(question: str, answers: list[dict[str, Any]]) -> None:
+    assert [answer[question] for answer in answers] == [True] * 3, QUESTIONS[question].__doc__
+
+
+def test_gradients_are_reduced_in_the_dtype_asked_for(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        *reduced, own = answer["reduced_in_low_precision"]
+        assert set(reduced) == {torch.bfloat16}
+        assert own == torch.float32
+
+
+def test_a_compiled_module_may_hold_it(answers: list[dict[str, Any]]) -> None:
+    assert max(answer["compiled"] for answer in answers) < 1e-5
+
+
+def test_a_group_may_be_a_mesh_dimension_or_a_part_of_the_world(answers: list[dict[str, Any]]) -> None:
+    for rank, answer in enumerate(answers):
+        *made, of_two, foreign = answer["groups_of_ranks"]
+        assert made == [(rank, 3), (rank, 3), (0, 1), (0, 1)]
+        assert 'mesh["cp"]' in of_two
+        assert "given 2 dimensions" in of_two
+        assert "part of" in foreign
+
+
+def test_in_debug_mode_all_ranks_are_told_who_differs_in_what(answers: list[dict[str, Any]]) -> None:
+    told = [answer["disagreements"] for answer in answers]
+    assert {each["none"] for each in told} == {""}
+    for fact in ("cu_seqlens", "dtype", "heads and dims", "mask", "scalars", "gradients", "layout", "call"):
+        messages = {each[fact] for each in told}
+        assert len(messages) == 1, "all ranks raise the same"
+        message = messages.pop()
+        assert message.startswith("InvalidInput: all ranks make the same call")
+        assert f"{fact} on rank 1" in message
+
+
+@pytest.mark.parametrize(("case", "rule"), [("refusal", "softcap is finite"), ("unshard", "local has the rows")])
+def test_in_debug_mode_all_ranks_are_told_that_one_refuses(case: str, rule: str, answers: list[dict[str, Any]]) -> None:
+    first, refusing, last = (answer["disagreements"][case] for answer in answers)
+    assert rule in refusing
+    assert first == last
+    assert "given one by rank 1" in first
+
+
+def test_without_debug_mode_no_rank_waits_longer_than_the_groups_timeout(answers: list[dict[str, Any]]) -> None:
+    assert [answer["left_alone"] for answer in answers] == ["RuntimeError", "InvalidInput", "RuntimeError"]
