@@ -85,7 +85,8 @@ class AllGatherTwoCalls:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             kv = torch.stack([k, v], dim=1)
             gathered = _all_gather(kv, 0, group)
-            in_sequence = functional.wait_tensor(gathered).index_select(0, to_sequence)
+            # Using it waits for it.
+            in_sequence = gathered.index_select(0, to_sequence)
             outs = []
             for half, attend_half in halves:
                 k_half, v_half = in_sequence.index_select(0, half.keys).unbind(dim=1)
