@@ -156,6 +156,22 @@ def test_the_table_names_every_way_and_hides_no_red(of_two_ranks, capsys: pytest
         assert name in text
 
 
+def test_the_ideal_is_the_whole_work_on_one_gpu_over_the_ranks():
+    samples = {
+        WEFT: GroupSamples(((5.0, 4.0), (10.0, 8.0))),
+        IDEAL: GroupSamples(((7.0, 9.0), (15.0, 17.0))),
+        "other": GroupSamples(((10.0, 1.0), (20.0, 1.0))),
+    }
+    empty = GroupRecord("cp", "case", "", FORWARD, OK, ENVIRONMENT)
+    found = {name: context_parallel.with_figure(replace(empty, peer=name), samples, 2) for name in samples}
+    assert [found[name].milliseconds for name in samples] == [7.5, 6.0, 15.0]
+    # The clocks fell by half after the first round: the shares did not.
+    assert [found[name].share_of_ideal for name in samples] == [0.8, 1.0, 0.4]
+    assert [found[name].ratio_to_weft for name in samples] == [1.0, 1.25, 0.5]
+    assert [found[name].spread_ms for name in samples] == [1.5, 2.0, 14.0]
+    assert context_parallel.with_figure(replace(empty, peer="other"), {"other": samples["other"]}, 2).share_of_ideal is None
+
+
 # ---- wrong results --------------------------------------------------------------------------------------------------------
 
 

@@ -218,16 +218,14 @@ def run_workload(
                 peak_bytes=peaks[way.name],
                 formula_bytes=_formula_bytes(workload, parallel, pass_name) if way.name == WEFT else None,
             )
-            records.append(with_figure(record, samples, way.shares))
+            records.append(with_figure(record, samples, workload.world_size))
     return sorted(records, key=lambda record: OWN_PASSES.index(record.pass_name))
 
 
-def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], shares: int) -> GroupRecord:
+def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], world_size: int) -> GroupRecord:
     """The record with what the samples of its way say, beside the ideal's and Weft's in the same rounds."""
-    own = _time(record.peer, samples, shares)
-    ideal = _time(IDEAL, samples, record.workload.world_size if record.workload else 1)
-    ours = _time(WEFT, samples, 1)
-    assert own is not None
+    times = {name: _time(name, one, world_size) for name, one in samples.items()}
+    own, ideal, ours = times[record.peer], times.get(IDEAL), times.get(WEFT)
     return replace(
         record,
         milliseconds=own.median,
@@ -240,12 +238,9 @@ def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], shares
     )
 
 
-def _time(name: str, samples: Mapping[str, GroupSamples], shares: int) -> Samples | None:
-    """The slowest rank's time; of work that each rank does alone for all, the ranks' mean over the ranks."""
-    if name not in samples:
-        return None
-    one = samples[name]
-    return Samples(tuple(ms / shares for ms in one.mean.milliseconds)) if name == IDEAL else one.slowest
+def _time(name: str, one: GroupSamples, world_size: int) -> Samples:
+    """The slowest rank's time; of the ideal, which each rank does alone for all, the ranks' mean over the ranks."""
+    return Samples(tuple(ms / world_size for ms in one.mean.milliseconds)) if name == IDEAL else one.slowest
 
 
 def _ways(

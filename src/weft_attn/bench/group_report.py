@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from weft_attn.bench.group_ways import WEFT
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import ABSENT, GroupRecord
 from weft_attn.bench.report import WIDE, ends_section, milliseconds, worst
@@ -119,4 +121,9 @@ def render_checked(checked: Sequence[Checked], rates: Rates) -> RenderableType:
         record = one.record
         measured = f"{record.milliseconds:.3f}"
         table.add_row(record.case, record.pass_name, record.peer, measured, f"{one.predicted_ms:.3f}", f"{one.error:+.1%}")
-    return Group(table, Text(f"rates of {rates.device}, {rates.date}", style="dim"))
+    lines = [f"rates of {rates.device}, {rates.date}"]
+    of_weft = [one.error for one in checked if one.record.peer == WEFT]
+    if of_weft:
+        worst_error = max(of_weft, key=abs)
+        lines.insert(0, f"whole passes: off by {worst_error:+.1%} at most, {np.mean(np.abs(of_weft)):.1%} in the mean")
+    return Group(table, *(Text(line, style="dim") for line in lines))

@@ -39,7 +39,6 @@ class Way:
         oracle: what its sampled rows and keys must come out as; None: nothing is checked.
         compared: which of "out", "dq", "dk", "dv" it gives in full.
         around: entered around each call.
-        shares: the time is that of this many times the work of one rank.
         is_peer: it is not Weft's own.
         note: what a reader has to know of it.
     """
@@ -50,7 +49,6 @@ class Way:
     oracle: Oracle | None
     compared: tuple[str, ...] = ("out", "dq", "dk", "dv")
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-    shares: int = 1
     is_peer: bool = False
     note: str = ""
 
@@ -118,7 +116,7 @@ def weft_ways(
         note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"
         ways.append(Way(COMMUNICATION, attend, own, None, around=without_kernels, note=note))
     note = "every GPU does the whole batch for itself; its time over the ranks, the mean of the GPUs"
-    ways.append(Way(IDEAL, attend_whole, whole, whole_oracle, shares=workload.world_size, note=note))
+    ways.append(Way(IDEAL, attend_whole, whole, whole_oracle, note=note))
     return ways
 
 
