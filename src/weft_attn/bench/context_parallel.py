@@ -30,7 +30,7 @@ from weft_attn.bench.timing import Notify, Pace, Samples, clock_of, silent
 from weft_attn.bench.workload import Workload, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.shard import ShardedBatch, sharded_batch
-from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.compare import Budget
 
@@ -82,8 +82,10 @@ def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
     """The default process group of a `torchrun` job: this process's rank and its device. NCCL on GPUs, gloo on the CPU.
 
     Raises:
+        InvalidInput: a device of one number, for all ranks.
         Unsupported: this process was not started as a rank; there is no such device.
     """
+    require(device_name in ("cuda", "cpu"), "ranks have devices of their own", expected="cuda or cpu", given=repr(device_name))
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing:
         raise Unsupported(

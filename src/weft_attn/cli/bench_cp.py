@@ -13,7 +13,7 @@ from weft_attn.bench.records import GroupRecord
 
 def bench_cp(
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
-    max_gather_bytes: Annotated[int | None, typer.Option(help="cap of the gathered keys, values and gradients")] = None,
+    max_gather_bytes: Annotated[int | None, typer.Option(help="cap of gathered keys, values and gradients (4 GiB)")] = None,
     head_dim: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="query heads")] = None,
     kv_heads: Annotated[int | None, typer.Option()] = None,

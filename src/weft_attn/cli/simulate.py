@@ -22,7 +22,7 @@ def simulate(
     ] = None,
     per_gpu: Annotated[bool, typer.Option(help="every document is that many times as long as there are ranks")] = False,
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
-    max_gather_bytes: Annotated[int | None, typer.Option(help="cap of the gathered keys, values and gradients")] = None,
+    max_gather_bytes: Annotated[int | None, typer.Option(help="cap of gathered keys, values and gradients (4 GiB)")] = None,
     head_dim: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="query heads")] = None,
     kv_heads: Annotated[int | None, typer.Option()] = None,
