@@ -62,9 +62,7 @@ class Suite:
         environment = {name: value for name, value in environment.items() if value}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            # Tests of one xdist_group share what is costly to make: a worker runs all of them.
-            workers_share = ["-n", workers, "--dist", "loadgroup"]
-            command = [sys.executable, "-m", "pytest", "-q", *workers_share, f"--junitxml={report}", "-m", "not gpu"]
+            command = [sys.executable, "-m", "pytest", "-q", "-n", workers, f"--junitxml={report}", "-m", "not gpu"]
             code = subprocess.run([*command, *self.arguments], cwd=ROOT, env=environment, check=False).returncode
             counts = read_report(report)
         # A process that died, or that found no test, has failed even when no test did.

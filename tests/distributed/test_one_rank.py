@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn import InvalidInput, WeftError
+from weft_attn.distributed import context_parallel
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.context_parallel import current_batch
 from weft_attn.plan.layouts import LAYOUTS
@@ -162,6 +164,12 @@ def test_what_makes_no_sense_is_refused_in_words(name: str) -> None:
 def test_a_wrong_number_of_rows_names_the_rule() -> None:
     with pytest.raises(InvalidInput, match=r"q has the rows of this rank's part of cu_seqlens: expected 16, given 15"):
         attend(rows=15)()
+
+
+def test_the_example_runs() -> None:
+    found = doctest.testmod(context_parallel)
+    assert found.attempted >= 5
+    assert found.failed == 0
 
 
 def test_the_package_is_imported_without_torch_distributeds_users() -> None:

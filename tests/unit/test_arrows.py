@@ -119,6 +119,15 @@ def test_launch_meets_kernels_in_ops_alone() -> None:
     assert both - set(EXCEPTIONS) <= {"ops/execute.py"}
 
 
+def test_collectives_are_called_in_one_file() -> None:
+    used = {
+        path.relative_to(ROOT).as_posix()
+        for path in MODULES
+        if layer_of(path) not in LEAVES and any(module.startswith("torch.distributed") for _, module in imports_of(path))
+    }
+    assert used == {"distributed/collectives.py"}
+
+
 def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -251,7 +251,8 @@ class ContextParallel:
             checks.flag(return_lse, "return_lse")
             batch = self._batch(cu_seqlens)
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
-            memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype)
+            keeps = self.keep_gathered and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype, keeps)
             call = Call(
                 plan=batch.plan(checks.flag(causal, "causal"), build.checked_window(window)),
                 ranks=self._ranks,
@@ -260,7 +261,7 @@ class ContextParallel:
                 softmax_scale=checks.scale(softmax_scale, q.shape[2]),
                 softcap=checks.number(softcap, "softcap"),
                 deterministic=checks.flag(deterministic, "deterministic"),
-                keep_gathered=self.keep_gathered,
+                keep_gathered=keeps,
                 grad_reduce_dtype=self.grad_reduce_dtype,
             )
             return batch, call
@@ -331,7 +332,7 @@ class ContextParallel:
         require(dtype in checks.DTYPES, "dtype is fp16, bf16 or fp32", expected=checks.DTYPES, given=dtype)
         head_dim = build.host_integer(head_dim, "head_dim", 8, checks.MAX_HEAD_DIM)
         head_dim_v = head_dim if head_dim_v is None else build.host_integer(head_dim_v, "head_dim_v", 8, checks.MAX_HEAD_DIM)
-        return self._memory(self._batch(cu_seqlens), kv_heads, head_dim, head_dim_v, dtype)
+        return self._memory(self._batch(cu_seqlens), kv_heads, head_dim, head_dim_v, dtype, self.keep_gathered)
 
     # ---- a batch that models attend under -----------------------------------------------------------------------------
 
@@ -361,7 +362,9 @@ class ContextParallel:
         )
         return sharded_batch(self.layout, build.host_cu_seqlens(cu_seqlens).tobytes(), self.rank, self.world_size)
 
-    def _memory(self, batch: ShardedBatch, kv_heads: int, head_dim: int, head_dim_v: int, dtype: torch.dtype) -> Memory:
+    def _memory(
+        self, batch: ShardedBatch, kv_heads: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, keeps: bool
+    ) -> Memory:
         return plan_memory(
             world_size=self.world_size,
             rank_stride=batch.rank_stride,
@@ -370,7 +373,7 @@ class ContextParallel:
             element_bytes=dtype.itemsize,
             gradient_bytes=self.grad_reduce_dtype.itemsize,
             limit=self.max_gather_bytes,
-            keep_gathered=self.keep_gathered,
+            keep_gathered=keeps,
         )
 
     def _agreed(self, checked: Callable[[], _Checked], facts: Callable[[_Checked], dict[str, object]]) -> _Checked:

@@ -154,8 +154,7 @@ class _GatheredAttention(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor]:
         groups, share = call.groups(k), q.shape[1] // k.shape[1]
-        keeps = call.keep_gathered and any(ctx.needs_input_grad)
-        gather = _Gather(k, v, call, groups, len(groups) if keeps else BUFFERS_IN_TURN)
+        gather = _Gather(k, v, call, groups, len(groups) if call.keep_gathered else BUFFERS_IN_TURN)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         for group, heads in enumerate(groups):
@@ -173,7 +172,7 @@ class _GatheredAttention(torch.autograd.Function):
                 out[:, queries],
                 lse[queries],
             )
-        kept = [gather.turns.buffer(group) for group in range(len(groups))] if keeps else []
+        kept = [gather.turns.buffer(group) for group in range(len(groups))] if call.keep_gathered else []
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         ctx.call = call
         ctx.set_materialize_grads(False)
