@@ -43,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_the_package_its_tables_and_its_type_marker(wheel: zipfile.ZipFile) -> None:
     packed = {name for name in wheel.namelist() if not name.startswith(f"weft_attn-{weft_attn.__version__}.dist-info/")}
-    sources = {path for suffix in ("*.py", "*.toml") for path in PACKAGE.rglob(suffix)} | {PACKAGE / "py.typed"}
+    sources = {path for suffix in ("*.py", "*.toml", "*.json") for path in PACKAGE.rglob(suffix)} | {PACKAGE / "py.typed"}
     assert packed == {path.relative_to(PACKAGE.parent).as_posix() for path in sources}
     assert any(name.startswith("weft_attn/launch/tables/") for name in packed)
 

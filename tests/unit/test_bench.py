@@ -267,7 +267,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch):
 
     module.flash_attn_func, module.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     monkeypatch.setitem(sys.modules, peers.Flash4.module, module)
-    monkeypatch.setattr(peers, "_flash", flash)
+    monkeypatch.setattr(peers, "flash_varlen", flash)
     monkeypatch.setattr(
         peers, "sdpa_kernel", lambda backend: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     )

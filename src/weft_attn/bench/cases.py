@@ -57,6 +57,10 @@ class Model:
     def dtype_bits(self) -> int:
         return self.dtype.itemsize * 8
 
+    @property
+    def name(self) -> str:
+        return f"Hq {self.heads}, Hkv {self.kv_heads}, D {self.head_dim}, {self.dtype_name}"
+
 
 HOUSE_MODEL = Model()
 QUICK_MODEL = Model(heads=4, kv_heads=2, head_dim=64)

@@ -81,10 +81,24 @@ class Oracle:
         }
 
 
-def build_oracle(case: Case, tensors: Tensors, samples: int = SAMPLES, seed: int = 0) -> Oracle:
-    """Sample a case and compute what its passes must give."""
+def build_oracle(
+    case: Case,
+    tensors: Tensors,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    *,
+    among: IntArray | None = None,
+) -> Oracle:
+    """Sample a case and compute what its passes must give.
+
+    Args:
+        among: rows, and keys of the same numbers, to sample from, sorted; None: all of them.
+    """
     plan, dtype = case.plan, case.model.dtype
-    rows, keys = sample(plan.total_q, samples, seed), sample(plan.total_k, samples, seed + 1)
+    if among is None:
+        rows, keys = sample(plan.total_q, samples, seed), sample(plan.total_k, samples, seed + 1)
+    else:
+        rows, keys = (among[sample(len(among), samples, seed + i)] for i in (0, 1))
     row_index, key_index = (torch.from_numpy(x).to(tensors.device) for x in (rows, keys))
 
     row_mask = torch.from_numpy(visible(plan.rows, rows, plan.total_k)).to(tensors.device)

@@ -284,7 +284,7 @@ class FlashSdpa:
             packed = _cumulative(layout.cu_seqlens, tensors.device)
             longest = layout.longest
             return _one_launch(
-                case, tensors, lambda q, k, v: _flash(q, k, v, packed, packed, longest, longest, case.causal), PACKED
+                case, tensors, lambda q, k, v: flash_varlen(q, k, v, packed, packed, longest, longest, case.causal), PACKED
             )
         lengths = {n for part in layout.prefixes for n in (part.q_stop - part.q_start, part.k_stop)}
         single = {n: _cumulative((0, n), tensors.device) for n in lengths}
@@ -292,13 +292,13 @@ class FlashSdpa:
         def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             rows, keys = q.shape[1], k.shape[1]
             q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-            out: torch.Tensor = _flash(q, k, v, single[rows], single[keys], rows, keys, True).unflatten(0, (1, -1))
+            out: torch.Tensor = flash_varlen(q, k, v, single[rows], single[keys], rows, keys, True).unflatten(0, (1, -1))
             return out
 
         return _launch_per_prefix(case, tensors, layout, attend)
 
 
-def _flash(
+def flash_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,

@@ -10,12 +10,13 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import weft_attn
-from weft_attn.bench.cases import Case
+from weft_attn.bench.cases import Case, Model
+from weft_attn.bench.workload import Workload
 from weft_attn.errors import InvalidInput
 from weft_attn.testing.compare import Budget
 
@@ -73,6 +74,28 @@ class Record:
         return self.status == RED
 
 
+@dataclass(frozen=True)
+class GroupRecord(Record):
+    """One pass of one way of context parallelism on one batch, measured on all ranks together.
+
+    Attributes:
+        milliseconds, quartiles: of the slowest rank in each round.
+        workload: the batch and its ranks; None for a collective that is measured alone.
+        spread_ms: slowest less fastest rank, the median over the rounds.
+        share_of_ideal: time of the same whole work on one GPU alone, over the ranks, over this time.
+        peak_bytes: allocated above the inputs at the worst moment, on the rank with most; None where it is not counted.
+        formula_bytes: what `ContextParallel.memory` says of the same call; None for those that are not Weft's.
+        bytes_received: by a rank from the others, in a collective that is measured alone.
+    """
+
+    workload: Workload | None = None
+    spread_ms: float | None = None
+    share_of_ideal: float | None = None
+    peak_bytes: int | None = None
+    formula_bytes: int | None = None
+    bytes_received: int | None = None
+
+
 def describe_case(case: Case) -> dict[str, Any]:
     """The fields of a record that follow from its case."""
     model = case.model
@@ -81,7 +104,7 @@ def describe_case(case: Case) -> dict[str, Any]:
         "case": case.name,
         "plan_digest": case.plan_digest,
         "pairs": case.plan.pairs,
-        "heads": f"Hq {model.heads}, Hkv {model.kv_heads}, D {model.head_dim}, {model.dtype_name}",
+        "heads": model.name,
         "deterministic": case.deterministic,
     }
 
@@ -132,27 +155,37 @@ def write_json(records: Sequence[Record], path: Path) -> None:
     path.write_text(json.dumps([asdict(record) for record in records], indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> list[Record]:
-    """Records that `write_json` wrote.
+R = TypeVar("R", bound=Record)
+
+
+def read_json(path: Path, kind: type[R] = Record) -> list[R]:  # type: ignore[assignment]
+    """Records of one kind that `write_json` wrote.
 
     Raises:
         InvalidInput: the file holds something else.
     """
     try:
-        return [_record(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, KeyError) as error:
+        return [_record(entry, kind) for entry in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InvalidInput(
             f"the file holds benchmark records: expected what `weft bench --out` writes, given {path}"
         ) from error
 
 
-def _record(entry: dict[str, Any]) -> Record:
+def _record(entry: dict[str, Any], kind: type[R]) -> R:
     quartiles = entry["quartiles"]
-    return Record(
+    return kind(
         **{
             **entry,
+            **({"workload": _workload(entry["workload"])} if kind is GroupRecord else {}),
             "environment": Environment(**entry["environment"]),
             "quartiles": None if quartiles is None else tuple(quartiles),
             "budgets": {name: Budget(**{**one, "worst": tuple(one["worst"])}) for name, one in entry["budgets"].items()},
         }
+    )
+
+
+def _workload(entry: dict[str, Any] | None) -> Workload | None:
+    return (
+        None if entry is None else Workload(**{**entry, "lengths": tuple(entry["lengths"]), "model": Model(**entry["model"])})
     )

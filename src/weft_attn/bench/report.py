@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -14,26 +15,33 @@ from weft_attn.bench.records import ABSENT, RED, UNCHECKED, Record, write_json
 from weft_attn.bench.timing import Notify
 from weft_attn.testing.compare import Budget
 
+R = TypeVar("R", bound=Record)
+
 # Columns where the output is no terminal.
 WIDE = 180
 
 
-def show(run: Callable[[Notify], Iterable[list[Record]]], out: Path | None = None) -> int:
+def show(
+    run: Callable[[Notify], Iterable[list[R]]],
+    out: Path | None = None,
+    figures: Callable[[Sequence[R]], Table] | None = None,
+) -> int:
     """Print what a run yields as it comes, and keep it in a file; returns the exit code: 1 when a result is wrong.
 
     Args:
         run: told where to say what it is doing, yields records.
         out: JSON file of all records so far, written anew after each batch; None: no file.
+        figures: the table of a batch of records; None: that of one device's.
     """
     console = Console()
     if not console.is_terminal:
         # A file or a pipe has no width to fold tables to.
         console = Console(width=WIDE)
-    records: list[Record] = []
+    records: list[R] = []
     with console.status("") as status:
         for batch in run(lambda what: status.update(escape(what))):
             records += batch
-            console.print(render(batch))
+            console.print(render(batch, (figures or figures_table)(batch)))
             if out is not None:
                 write_json(records, out)
     wrong = failures(records)
@@ -42,9 +50,9 @@ def show(run: Callable[[Notify], Iterable[list[Record]]], out: Path | None = Non
     return 1 if wrong else 0
 
 
-def render(records: Sequence[Record]) -> RenderableType:
+def render(records: Sequence[Record], figures: Table) -> RenderableType:
     """Figures, then who is absent and why, what ran, and the environment."""
-    parts: list[RenderableType] = [_figures(records)]
+    parts: list[RenderableType] = [figures]
     parts += [
         Text(line, style="dim")
         for line in _grouped("absent", ((r.peer, r.note, r.case) for r in records if r.status == ABSENT))
@@ -72,11 +80,12 @@ def _grouped(title: str, entries: Iterable[tuple[str, str, str]]) -> list[str]:
     return [f"{title} {who}: {what} ({', '.join(names)})" for (who, what), names in cases.items()]
 
 
-def _figures(records: Sequence[Record]) -> Table:
+def figures_table(records: Sequence[Record]) -> Table:
+    """Time, rate, ratio to Weft and error of each record."""
     table = Table("case", "pass", "peer", "ms (quartiles)", "rate", "ratio", "error / bound")
     shown = [r for r in records if r.status != ABSENT]
     for index, record in enumerate(shown):
-        last = index + 1 == len(shown) or (shown[index + 1].case, shown[index + 1].pass_name) != (record.case, record.pass_name)
+        last = ends_section(shown, index)
         table.add_row(
             record.case,
             record.pass_name,
@@ -84,11 +93,17 @@ def _figures(records: Sequence[Record]) -> Table:
             milliseconds(record),
             "" if record.rate is None else f"{record.rate:.3g} {record.unit}",
             "" if record.ratio_to_weft is None else f"{record.ratio_to_weft:.2f}",
-            _worst(record),
+            worst(record),
             end_section=last,
             style="red" if record.failed else None,
         )
     return table
+
+
+def ends_section(records: Sequence[Record], index: int) -> bool:
+    """Whether the next record is of another case or pass."""
+    of = [(record.case, record.pass_name) for record in records[index : index + 2]]
+    return len(of) == 1 or of[0] != of[1]
 
 
 def milliseconds(record: Record) -> str:
@@ -99,17 +114,17 @@ def milliseconds(record: Record) -> str:
     return f"{record.milliseconds:.3f} ({low:.3f}-{high:.3f})"
 
 
-def _worst(record: Record) -> str:
+def worst(record: Record) -> str:
     """The tensor nearest to its bound, or beyond it: error / bound of its worst element, relative to its row."""
     if record.status == UNCHECKED:
         return UNCHECKED
     if not record.budgets:
         return ""
-    name, found = max(record.budgets.items(), key=lambda item: _share(item[1]))
+    name, found = max(record.budgets.items(), key=lambda item: share_of_bound(item[1]))
     return f"{name} {found.row_error:.1e} / {found.row_bound:.1e}"
 
 
-def _share(found: Budget) -> float:
+def share_of_bound(found: Budget) -> float:
     """Error as a share of its bound."""
     if found.reason:
         return float("inf")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -137,11 +137,16 @@ def interleave(calls: Mapping[str, Call], clock: Clock, pace: Pace) -> dict[str,
     numbered = {name: _numbered(call) for name, call in calls.items()}
     repeats = _warm_up(numbered, clock, pace)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(pace.rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(clock.measure(numbered[name], repeats[name]))
+    for name in rotation(names, pace.rounds):
+        found[name].append(clock.measure(numbered[name], repeats[name]))
     return {name: Samples(tuple(times)) for name, times in found.items()}
+
+
+def rotation(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """The order in which the rounds run: each begins with the next name."""
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from (*names[first:], *names[:first])
 
 
 def _numbered(call: Call) -> Callable[[], object]:

@@ -13,8 +13,8 @@ from weft_attn.errors import WeftError
 if TYPE_CHECKING:
     import typer
 
-# Each is a function of its name in the module of its name.
-COMMANDS = ("demo", "check", "doctor", "compile", "bench", "tune", "ablate")
+# Each is a function of its name in the module of its name, with "_" for the space of a command of two words.
+COMMANDS = ("demo", "check", "doctor", "compile", "bench", "bench cp", "simulate", "tune", "ablate")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if missing:
         print(f"weft: the command line needs {' and '.join(missing)}: pip install 'weft-attn[cli]'", file=sys.stderr)  # noqa: T201
         raise SystemExit(2)
+    # Two words that name a command are one argument.
+    if " ".join(given[:2]) in COMMANDS:
+        given[:2] = [" ".join(given[:2])]
     # Import the command that was asked for; all of them only to list them.
     asked = [name for name in given[:1] if name in COMMANDS]
     try:
@@ -44,5 +47,11 @@ def build_app(names: Sequence[str]) -> typer.Typer:
         """Exact attention for many groups of queries over one stream of keys."""
 
     for name in names:
-        app.command(name)(getattr(importlib.import_module(f"weft_attn.cli.{name}"), name))
+        function = name.replace(" ", "_")
+        app.command(name)(getattr(importlib.import_module(f"weft_attn.cli.{function}"), function))
     return app
+
+
+if __name__ == "__main__":
+    # `torchrun ... -m weft_attn.cli.main` starts ranks.
+    main()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
+from weft_attn.plan.layouts import Layout
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import Tiling, host_stream
 
@@ -28,3 +32,12 @@ def steps_of(plan: Plan, rows_per_tile: int, block_cols: int) -> int:
     """Column tiles that all row tiles visit together, for one head."""
     items = host_stream(plan, Tiling(rows_per_tile, block_cols)).items
     return int(items[:, 3].sum() + items[:, 5].sum())
+
+
+def causal_pairs_by_rank(layout: Layout) -> NDArray[np.int64]:
+    """(W,) visible pairs of every rank's rows under a causal mask, without building the ranks' plans."""
+    # Row `start + i * step` of a document sees itself and all rows before it.
+    start, size = layout.starts, layout.sizes
+    by_chunk = (size * (start + 1) + layout.step * (size * (size - 1) // 2)).sum(axis=0)
+    pairs: NDArray[np.int64] = by_chunk[layout.chunks_of_ranks(layout.world_size)].sum(axis=1)
+    return pairs

@@ -1,0 +1,151 @@
+"""Weft's context parallelism and its parts, each as a way to attend that a group of ranks runs together.
+
+- the whole of it: gathers, kernels, reduce-scatters, overlapped;
+- its kernels alone: one launch for all heads, on keys and values that are gathered already;
+- its communication alone: the same code with kernels that do nothing, so the same collectives, buffers and copies in the same order;
+- the ideal: the whole batch on every GPU for itself, over the ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+import weft_attn as weft
+from weft_attn.bench.cases import Tensors
+from weft_attn.bench.oracle import Oracle
+from weft_attn.bench.workload import Workload
+from weft_attn.distributed import gathered
+from weft_attn.distributed.shard import ShardedBatch
+from weft_attn.testing.compare import Budget
+
+WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft: kernels", "weft: communication", "ideal"
+FORWARD, BOTH = "forward", "forward+backward"
+OWN_PASSES = (FORWARD, BOTH)
+
+# q, k, v -> out, differentiable.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to attend, ready to be timed; every rank runs it at the same time.
+
+    Attributes:
+        tensors: its q, k, v and gradient of the output.
+        oracle: what its sampled rows and keys must come out as; None: nothing is checked.
+        compared: which of "out", "dq", "dk", "dv" it gives in full.
+        around: entered around each call.
+        is_peer: it is not Weft's own.
+        note: what a reader has to know of it.
+    """
+
+    name: str
+    attend: Attend
+    tensors: Tensors
+    oracle: Oracle | None
+    compared: tuple[str, ...] = ("out", "dq", "dk", "dv")
+    around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    is_peer: bool = False
+    note: str = ""
+
+    def forward(self, _turn: int = 0) -> torch.Tensor:
+        """out, without autograd's bookkeeping."""
+        with self.around(), torch.no_grad():
+            return self.attend(self.tensors.q, self.tensors.k, self.tensors.v)
+
+    def both(self, _turn: int = 0) -> dict[str, torch.Tensor]:
+        """A forward and its backward: the output and the three gradients."""
+        leaves = [x.detach().requires_grad_() for x in (self.tensors.q, self.tensors.k, self.tensors.v)]
+        with self.around():
+            out = self.attend(*leaves)
+            gradients = torch.autograd.grad(out, leaves, self.tensors.dout)
+        return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients), strict=True))
+
+    def call(self, pass_name: str) -> Callable[[int], object]:
+        """The pass as it is timed."""
+        return self.forward if pass_name == FORWARD else self.both
+
+    def check(self, pass_name: str) -> dict[str, Budget]:
+        """Run the pass and compare what it gives; empty where nothing is checked."""
+        found = {"out": self.forward()} if pass_name == FORWARD else self.both()
+        if self.oracle is None:
+            return {}
+        budgets = self.oracle.check_forward(found["out"], None) if "out" in self.compared else {}
+        return budgets | self.oracle.check_gradients(
+            {name: found[name] for name in self.compared if name in found and name != "out"}
+        )
+
+
+def weft_ways(
+    workload: Workload,
+    parallel: weft.ContextParallel,
+    batch: ShardedBatch,
+    own: Tensors,
+    whole: Tensors,
+    own_oracle: Oracle | None,
+    whole_oracle: Oracle | None,
+) -> list[Way]:
+    """Weft first, then its parts.
+
+    Args:
+        batch: the workload as this rank sees it.
+        own, own_oracle: tensors of this rank's tokens, in its order; whole, whole_oracle: of the whole batch.
+    """
+    cu_seqlens = workload.cu_seqlens
+    # Built once, as a batch's plans are for all of its layers.
+    plan, whole_plan = parallel.plan(cu_seqlens, causal=True), weft.Plan.from_cu_seqlens(cu_seqlens, cu_seqlens, causal=True)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _only(parallel.attention(q, k, v, cu_seqlens, causal=True))
+
+    def attend_gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _only(weft.plan_attention(q, k, v, plan))
+
+    def attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _only(weft.plan_attention(q, k, v, whole_plan))
+
+    ways = [Way(WEFT, attend, own, own_oracle)]
+    here = Tensors(own.q, (gathered_keys_and_values(batch, whole),), own.dout)
+    note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
+    ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
+    if workload.world_size > 1:
+        note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"
+        ways.append(Way(COMMUNICATION, attend, own, None, around=without_kernels, note=note))
+    note = "every GPU does the whole batch for itself; its time over the ranks, the mean of the GPUs"
+    ways.append(Way(IDEAL, attend_whole, whole, whole_oracle, note=note))
+    return ways
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, context parallelism does everything but compute."""
+    # By hand: it is timed, and a mock takes the host longer than a small collective.
+    kernels = {name: getattr(gathered, name) for name in ("attention_into", "attention_backward_into")}
+    try:
+        for name in kernels:
+            setattr(gathered, name, _nothing)
+        yield
+    finally:
+        for name, kernel in kernels.items():
+            setattr(gathered, name, kernel)
+
+
+def gathered_keys_and_values(batch: ShardedBatch, whole: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole batch's keys and values as a gather of all heads leaves them: views (W * rank_stride, Hkv, D) of one buffer."""
+    rows = batch.layout.world_size * batch.rank_stride
+    both = torch.cat([whole.k.flatten(1), whole.v.flatten(1)], dim=1)
+    buffer = both.new_zeros(rows, both.shape[1]).index_copy_(0, batch.on(both.device, "gathered_rows"), both)
+    return gathered.keys_beside_values(buffer, whole.k.shape[2], whole.v.shape[2])
+
+
+def _nothing(*_arguments: object, **_options: object) -> None:
+    pass
+
+
+def _only(result: object) -> torch.Tensor:
+    assert isinstance(result, torch.Tensor)
+    return result

@@ -1,0 +1,59 @@
+"""`weft bench cp`: measure context parallelism on the ranks of a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weft_attn.bench import cases, context_parallel, group_report, measured_rates, rates, report, timing
+from weft_attn.bench.records import GroupRecord
+
+
+def bench_cp(
+    layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
+    max_gather_bytes: Annotated[int | None, typer.Option(help="cap of gathered keys, values and gradients (4 GiB)")] = None,
+    head_dim: Annotated[int | None, typer.Option()] = None,
+    heads: Annotated[int | None, typer.Option(help="query heads")] = None,
+    kv_heads: Annotated[int | None, typer.Option()] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32")] = None,
+    rounds: Annotated[int | None, typer.Option(help="rounds in which every variant runs")] = None,
+    peers: Annotated[str | None, typer.Option(help="only these, comma-separated; Weft always runs")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the records as JSON")] = None,
+    write_rates: Annotated[Path | None, typer.Option(help="write measured rates for `weft simulate --rates`")] = None,
+    device: Annotated[str, typer.Option(help="cuda: each rank its own GPU, with NCCL; cpu: gloo")] = "cuda",
+    check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
+    quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
+) -> None:
+    """Time context parallelism, its kernels and its communication alone, and its peers: packed documents on all ranks.
+
+    Start it as `torchrun --nproc-per-node N -m weft_attn.cli.main bench cp`; rank 0 prints. Times are those of the slowest rank;
+    the ideal is one GPU's time for the whole batch, in the same rounds, over the ranks. Exits with 1 when a result is wrong on
+    any rank.
+    """
+    request = context_parallel.Request(
+        model=cases.chosen_model(quick=quick, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype_name=dtype),
+        peers=context_parallel.chosen_peers(cases.comma_separated(peers)),
+        device_name=device,
+        pace=timing.chosen_pace(quick=quick, rounds=rounds),
+        layout=layout,
+        max_gather_bytes=max_gather_bytes,
+        check=check,
+        quick=quick,
+    )
+    records: list[GroupRecord] = []
+    with context_parallel.process_group(device) as (rank, own_device):
+
+        def run(notify: timing.Notify) -> context_parallel.Batches:
+            for batch in context_parallel.run_group(request, own_device, notify):
+                records.extend(batch)
+                yield batch
+
+        if rank == 0:
+            code = report.show(run, out, group_report.group_figures)
+            if write_rates is not None:
+                rates.write_rates(measured_rates.rates_of(records), write_rates)
+        else:
+            code = 1 if [line for batch in run(timing.silent) for line in report.failures(batch)] else 0
+    raise typer.Exit(code)

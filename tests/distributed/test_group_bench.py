@@ -1,0 +1,368 @@
+"""What the benchmark of context parallelism promises: figures of the whole group, none for a result that is wrong on any rank."""
+
+from __future__ import annotations
+
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import weft_attn as weft
+from weft_attn.bench import (
+    context_parallel,
+    group_peers,
+    group_report,
+    group_ring,
+    group_ways,
+    links,
+    peers,
+    records,
+    report,
+    timing,
+)
+from weft_attn.bench.cases import Model
+from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
+from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT
+from weft_attn.bench.measured_rates import rates_of
+from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
+from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
+from weft_attn.bench.workload import Workload
+from weft_attn.distributed.collectives import Ranks
+from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.reference import reference_attention
+from weft_attn.testing.ranks import run_ranks
+
+CPU = torch.device("cpu")
+SMALL = Model(heads=4, kv_heads=2, head_dim=16, dtype_name="fp32")
+PACE = timing.Pace(rounds=2, warm_up_ms=0.0, round_ms=0.0)
+ENVIRONMENT = records.Environment("a GPU", "2.11", "3.6.0", "0.1.0", None, "2026-01-02T03:04:05+00:00")
+TWO_CALLS = "allgather-2calls-weft"
+DIVISIBLE, ODD = (24, 0, 8, 40), (37, 0, 1, 20)
+
+
+def request(**options) -> context_parallel.Request:
+    chosen = context_parallel.chosen_peers(["allgather-2calls-weft"])
+    return context_parallel.Request(model=SMALL, peers=chosen, device_name="cpu", pace=PACE, quick=True, **options)
+
+
+def measured(lengths: tuple[int, ...], layout: str = "zigzag") -> list[GroupRecord]:
+    """Records of one workload in the process group that this process is in."""
+    parallel = weft.ContextParallel(layout=layout)
+    workload = Workload(lengths, parallel.world_size, SMALL, layout)
+    return context_parallel.run_workload(workload, request(), parallel, CPU, ENVIRONMENT)
+
+
+# ---- timing over ranks ----------------------------------------------------------------------------------------------------
+
+
+def test_the_slowest_rank_is_what_a_call_costs():
+    samples = GroupSamples(((1.0, 3.0), (2.0, 2.5), (5.0, 1.0)))
+    assert samples.slowest.milliseconds == (3.0, 2.5, 5.0)
+    assert samples.mean.milliseconds == (2.0, 2.25, 3.0)
+    assert samples.spread_ms == 2.0
+
+
+class RankClock:
+    """A call takes as many milliseconds as it says, plus the rank."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self.repeats: list[int] = []
+
+    def measure(self, call, repeats: int) -> float:
+        self.repeats.append(repeats)
+        return float(call()) + self.rank
+
+
+def times_over_ranks(rank: int, world_size: int) -> tuple[dict[str, GroupSamples], list[int]]:
+    clock = RankClock(rank)
+    calls = {"short": lambda _turn: 1.0, "long": lambda _turn: 9.0}
+    pace = timing.Pace(rounds=3, warm_up_ms=15.0, round_ms=20.0)
+    return interleave_over_ranks(calls, GroupClock(clock, Ranks.of(), CPU), pace), clock.repeats
+
+
+def test_all_ranks_measure_the_same_calls_as_often_and_know_each_others_times():
+    (first, repeats), (second, same) = run_ranks(times_over_ranks, 2)
+    assert first == second == {"short": GroupSamples(((1.0, 2.0),) * 3), "long": GroupSamples(((9.0, 10.0),) * 3)}
+    # The slower rank's 2 and 10 ms decide: 10 and 2 calls fill a round of 20 ms. Two warm-ups of 12 ms come first.
+    assert repeats == same == [1] * 4 + [10, 2, 2, 10, 10, 2]
+
+
+# ---- a workload -----------------------------------------------------------------------------------------------------------
+
+
+def both_workloads(rank: int, world_size: int) -> list[list[GroupRecord]]:
+    return [measured(DIVISIBLE), measured(ODD), measured(ODD, "striped")]
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks() -> list[list[list[GroupRecord]]]:
+    return run_ranks(both_workloads, 2)
+
+
+def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_two_ranks):
+    first, second = of_two_ranks
+    assert first == second
+    by_name = {(r.peer, r.pass_name): r for r in first[0]}
+    assert set(by_name) == {(name, p) for name in (WEFT, KERNELS, COMMUNICATION, IDEAL, TWO_CALLS) for p in OWN_PASSES}
+    for (name, pass_name), record in by_name.items():
+        assert record.status == OK
+        assert record.milliseconds > 0
+        assert record.rate == pytest.approx(1e3 / record.milliseconds)
+        assert record.spread_ms >= 0
+        assert record.pairs == sum(n * (n + 1) // 2 for n in DIVISIBLE)
+        compared = {FORWARD: {"out"}, BOTH: {"out", "dq"} if name == KERNELS else {"out", "dq", "dk", "dv"}}[pass_name]
+        assert set(record.budgets) == (set() if name == COMMUNICATION else compared)
+        assert all(budget.passed for budget in record.budgets.values())
+    assert {by_name[IDEAL, p].share_of_ideal for p in OWN_PASSES} == {1.0}
+    assert {by_name[WEFT, p].ratio_to_weft for p in OWN_PASSES} == {1.0}
+
+
+@pytest.mark.parametrize(("batch", "why"), [(1, "2 x ranks divides"), (2, "zigzag layout")])
+def test_a_peer_without_a_form_for_the_work_says_why(of_two_ranks, batch: int, why: str):
+    found = of_two_ranks[0][batch]
+    assert {(r.peer, r.status) for r in found if r.peer == TWO_CALLS} == {(TWO_CALLS, ABSENT)}
+    assert all(why in r.note for r in found if r.peer == TWO_CALLS)
+    assert {r.status for r in found if r.peer != TWO_CALLS} == {OK}
+
+
+def test_the_formulas_memory_stands_beside_the_measured(of_two_ranks):
+    by_name = {(r.peer, r.pass_name): r for r in of_two_ranks[0][0]}
+    # 36 rows a rank, one head of 2 x 16 dims a group, two buffers: keys in fp32, gradients and their sum in fp32.
+    assert by_name[WEFT, FORWARD].formula_bytes == 2 * 2 * 36 * 32 * 4
+    assert by_name[WEFT, BOTH].formula_bytes == 2 * 2 * 36 * 32 * 4 + 2 * 3 * 36 * 32 * 4
+    assert by_name[KERNELS, FORWARD].formula_bytes is None
+    assert by_name[WEFT, FORWARD].peak_bytes is None  # not counted on a CPU
+
+
+def test_group_records_survive_their_json_form_and_give_rates(of_two_ranks, tmp_path: Path):
+    found = [r for batch in of_two_ranks[0] for r in batch]
+    records.write_json(found, tmp_path / "records.json")
+    assert records.read_json(tmp_path / "records.json", GroupRecord) == found
+    rates = rates_of(found)
+    assert (rates.head_dim, rates.dtype_name, rates.device) == (16, "fp32", "a GPU")
+    assert {rate.pass_name for rate in rates.kernels} >= {"forward"}
+
+
+def test_the_table_names_every_way_and_hides_no_red(of_two_ranks, capsys: pytest.CaptureFixture[str]):
+    found = of_two_ranks[0][0]
+    wrong = replace(found[0], status=RED, milliseconds=None, quartiles=None, rate=None, note="dk off")
+    assert report.show(lambda notify: [[*found, wrong]], figures=group_report.group_figures) == 1
+    text = capsys.readouterr().out
+    for name in (WEFT, KERNELS, COMMUNICATION, IDEAL, TWO_CALLS, "WRONG weft", "forward+backward"):
+        assert name in text
+
+
+def test_the_ideal_is_the_whole_work_on_one_gpu_over_the_ranks():
+    samples = {
+        WEFT: GroupSamples(((5.0, 4.0), (10.0, 8.0))),
+        IDEAL: GroupSamples(((7.0, 9.0), (15.0, 17.0))),
+        "other": GroupSamples(((10.0, 1.0), (20.0, 1.0))),
+    }
+    empty = GroupRecord("cp", "case", "", FORWARD, OK, ENVIRONMENT)
+    found = {name: context_parallel.with_figure(replace(empty, peer=name), samples, 2) for name in samples}
+    assert [found[name].milliseconds for name in samples] == [7.5, 6.0, 15.0]
+    # The clocks fell by half after the first round: the shares did not.
+    assert [found[name].share_of_ideal for name in samples] == [0.8, 1.0, 0.4]
+    assert [found[name].ratio_to_weft for name in samples] == [1.0, 1.25, 0.5]
+    assert [found[name].spread_ms for name in samples] == [1.5, 2.0, 14.0]
+    assert context_parallel.with_figure(replace(empty, peer="other"), {"other": samples["other"]}, 2).share_of_ideal is None
+
+
+# ---- wrong results --------------------------------------------------------------------------------------------------------
+
+
+def wrong_on_one_rank(rank: int, world_size: int, tensor: str) -> list[GroupRecord]:
+    honest = weft.ContextParallel.attention
+
+    def planted(self, q, k, v, cu_seqlens, **options):
+        if rank == 1 and tensor in ("dk", "dv"):
+            # Forward as it is, one gradient off.
+            scaled = {"dk": k, "dv": v}[tensor]
+            scaled = scaled + (scaled - scaled.detach()) * 0.01
+            k, v = (scaled, v) if tensor == "dk" else (k, scaled)
+        out = honest(self, q, k, v, cu_seqlens, **options)
+        return out * 1.01 if rank == 1 and tensor == "out" else out
+
+    weft.ContextParallel.attention = planted
+    return measured(ODD)
+
+
+@pytest.mark.parametrize("tensor", ["out", "dk", "dv"])
+def test_a_result_that_is_wrong_on_one_rank_gets_no_figure_on_any(tensor: str):
+    for found in run_ranks(wrong_on_one_rank, 2, tensor):
+        of_weft = [r for r in found if r.peer == WEFT]
+        assert [(r.status, r.milliseconds, r.rate) for r in of_weft] == [(RED, None, None)] * 2
+        assert tensor in of_weft[0].note
+        assert {r.status for r in found if r.peer in (KERNELS, IDEAL)} == {OK}
+        assert report.failures(found)
+
+
+def failing_peer(rank: int, world_size: int) -> list[GroupRecord]:
+    class Broken:
+        name = note = "broken"
+
+        def supports(self, workload, device):
+            return None
+
+        def prepare(self, batch, device):
+            def attend(q, k, v):
+                raise RuntimeError(f"no kernel for rank {rank}\nsecond line")
+
+            return attend
+
+    parallel = weft.ContextParallel()
+    workload = Workload(ODD, world_size, SMALL)
+    return context_parallel.run_workload(workload, replace(request(), peers=[Broken()]), parallel, CPU, ENVIRONMENT)
+
+
+def test_a_peer_that_fails_is_absent_with_its_reason():
+    for found in run_ranks(failing_peer, 2):
+        broken = [r for r in found if r.peer == "broken"]
+        assert {(r.status, r.note) for r in broken} == {(ABSENT, "failed with RuntimeError: no kernel for rank 0")}
+
+
+# ---- parts ----------------------------------------------------------------------------------------------------------------
+
+
+def counted_collectives(rank: int, world_size: int) -> tuple[list[int], list[int]]:
+    """Bytes of each collective that a whole pass starts, and that its communication alone starts."""
+    sent: list[int] = []
+    gather, reduce = Ranks.all_gather, Ranks.reduce_scatter
+    Ranks.all_gather = lambda self, buffer: (sent.append(buffer.nbytes), gather(self, buffer))[1]
+    Ranks.reduce_scatter = lambda self, output, buffer: (sent.append(-buffer.nbytes), reduce(self, output, buffer))[1]
+    parallel = weft.ContextParallel()
+    workload = Workload(ODD, world_size, SMALL)
+    work = context_parallel.rank_work(workload, rank, CPU, check=False)
+    ways = group_ways.weft_ways(workload, parallel, work.batch, work.own, work.whole, None, None)
+    found = []
+    for name in (WEFT, COMMUNICATION):
+        way = next(way for way in ways if way.name == name)
+        way.forward()
+        way.both()
+        found.append(list(sent))
+        sent.clear()
+    return found[0], found[1]
+
+
+def test_communication_alone_sends_what_the_whole_sends_in_the_same_order():
+    for whole, alone in run_ranks(counted_collectives, 2):
+        assert whole == alone
+        # Two groups of heads: gathered in a forward; in a forward, a backward, and reduced.
+        assert len(whole) == 2 + 2 + 2 + 2
+        assert sum(bytes_ < 0 for bytes_ in whole) == 2
+
+
+def test_kernels_come_back_after_communication_alone():
+    with group_ways.without_kernels():
+        assert group_ways.gathered.attention_into is group_ways.gathered.attention_backward_into
+    assert group_ways.gathered.attention_into is not group_ways.gathered.attention_backward_into
+
+
+def measured_links(rank: int, world_size: int) -> list[tuple[str, int, bool, bool]]:
+    ranks = Ranks.of()
+    honest = links.measure_links(ranks, CPU, GroupClock(timing.HostClock(), ranks, CPU), PACE, (4096,))
+    if rank == 1:
+        gather = Ranks.all_gather
+
+        def loses_everything(self: Ranks, buffer: torch.Tensor) -> types.SimpleNamespace:
+            gather(self, buffer).wait()
+            return types.SimpleNamespace(wait=buffer.zero_)
+
+        Ranks.all_gather = loses_everything
+    wrong = links._gather(ranks, CPU, 4096)
+    wrong[0](0)
+    is_right = wrong[1]()
+    return [(link.operation, link.bytes_received, link.right, is_right) for link in honest]
+
+
+def test_collectives_are_checked_and_counted_by_what_a_rank_receives():
+    first, second = run_ranks(measured_links, 2)
+    assert [found[:3] for found in first] == [(ALL_GATHER, 4096, True), (REDUCE_SCATTER, 4096, True)]
+    assert [found[3] for found in (*first, *second)] == [True, True, False, False]
+
+
+# ---- peers ----------------------------------------------------------------------------------------------------------------
+
+
+def flash_on_the_reference(rank: int, world_size: int) -> list[GroupRecord]:
+    def flash(q, k, v, cu_rows, cu_keys, longest_q, longest_k, causal):
+        assert (longest_q, longest_k) == (int(cu_rows.diff().max()), int(cu_keys.diff().max()))
+        return reference_attention(q, k, v, weft.Plan.from_cu_seqlens(cu_rows, cu_keys, causal=causal))[0]
+
+    peers.flash_varlen = flash
+    peer = group_peers.AllGatherTwoCalls("flash", group_peers.flash_half, needs_flash=False)
+    parallel = weft.ContextParallel()
+    workload = Workload(tuple(3 * n for n in DIVISIBLE), world_size, SMALL)
+    return context_parallel.run_workload(workload, replace(request(), peers=[peer]), parallel, CPU, ENVIRONMENT)
+
+
+def test_the_two_calls_peer_is_right_with_other_kernels_and_on_three_ranks():
+    found = run_ranks(flash_on_the_reference, 3)[0]
+    assert {r.status for r in found if r.peer == "flash"} == {OK}
+
+
+def ring_on_formulas(rank: int, world_size: int, lengths: tuple[int, ...]) -> list[GroupRecord]:
+    def probabilities(q, k, step, lse=None):
+        """(H, rows, keys), and lse (H, rows): a document's last row is aligned with its last key."""
+        plan = weft.Plan.from_cu_seqlens(step.cu_rows, step.cu_keys, causal=step.causal)
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.einsum("rhd,khd->hrk", q, keys) * q.shape[2] ** -0.5
+        scores = scores.masked_fill(~plan.to_mask(), float("-inf"))
+        lse = scores.logsumexp(dim=-1) if lse is None else lse
+        return torch.exp(scores - lse[..., None]).nan_to_num(0.0), lse
+
+    def forward(q, k, v, step):
+        probs, lse = probabilities(q, k, step)
+        return torch.einsum("hrk,khd->rhd", probs, v.repeat_interleave(2, dim=1)), lse, [lse.new_zeros(1)]
+
+    def backward(dout, q, k, v, out, lse, step, rest):
+        assert len(rest) == 1
+        probs, _ = probabilities(q, k, step, lse)
+        scale = q.shape[2] ** -0.5
+        delta = (dout * out).sum(dim=-1).T[..., None]
+        dscores = probs * (torch.einsum("rhd,khd->hrk", dout, v.repeat_interleave(2, dim=1)) - delta) * scale
+        dq = torch.einsum("hrk,khd->rhd", dscores, k.repeat_interleave(2, dim=1))
+        dk, dv = torch.einsum("hrk,rhd->khd", dscores, q), torch.einsum("hrk,rhd->khd", probs, dout)
+        return dq, *(x.unflatten(1, (-1, 2)).sum(dim=2) for x in (dk, dv))
+
+    group_ring.flash_forward, group_ring.flash_backward = forward, backward
+    peer = group_ring.ZigzagRing()
+    peer.supports = lambda workload, device: None
+    parallel = weft.ContextParallel()
+    workload = Workload(lengths, world_size, SMALL)
+    return context_parallel.run_workload(workload, replace(request(), peers=[peer]), parallel, CPU, ENVIRONMENT)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ring_peer_is_right_whatever_kernels_it_runs(world_size: int):
+    found = run_ranks(ring_on_formulas, world_size, tuple(2 * world_size * n for n in (3, 0, 1, 5)))[0]
+    assert [(r.status, r.note) for r in found if r.peer == group_ring.ZigzagRing.name] == [(OK, group_ring.ZigzagRing.note)] * 2
+
+
+@pytest.mark.parametrize("name", ["allgather-2calls-flash", "zigzag-ring-flash"])
+def test_flash_needs_a_gpu_and_16_bits(name: str):
+    peer = next(peer for peer in context_parallel.PEERS if peer.name == name)
+    workload = Workload(DIVISIBLE, 2, SMALL)
+    assert "CUDA" in str(peer.supports(workload, CPU))
+    assert "16-bit" in str(peer.supports(workload, torch.device("cuda")))
+    house = replace(workload, model=Model())
+    assert peer.supports(house, torch.device("cuda")) is None
+    assert "divides" in str(peer.supports(replace(house, lengths=ODD), torch.device("cuda")))
+
+
+def test_unknown_peers_are_refused():
+    assert len(context_parallel.chosen_peers(None)) == 3
+    with pytest.raises(InvalidInput, match="expected one of"):
+        context_parallel.chosen_peers(["spiral"])
+
+
+def test_a_process_that_is_no_rank_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(Unsupported, match="torchrun"), context_parallel.process_group("cpu"):
+        pass
+    assert not dist.is_initialized()
