@@ -11,7 +11,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.kernels.call import KernelCall, tensor_descriptor
-from weft_attn.ops.execute import MAX_RECIPES, Step
+from weft_attn.ops.recipes import MAX_RECIPES, Step
 
 
 class CompiledStub:

@@ -4,15 +4,37 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from weft_attn import Unsupported, launch
-from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, DeltaConfig, ForwardConfig, InvalidConfig, override
+from weft_attn.launch import (
+    BackwardDkdvConfig,
+    BackwardDqConfig,
+    DeltaConfig,
+    ForwardConfig,
+    HopperForwardConfig,
+    InvalidConfig,
+    override,
+)
 from weft_attn.launch import select as select_module
 from weft_attn.launch.config import CONFIGS, StreamConfig
 from weft_attn.launch.device import INTERPRETER, TARGETS, Device, target
-from weft_attn.launch.select import MANY_ROWS, Problem, Table, current_overrides, parse_table, select, tables, tma_usable
+from weft_attn.launch.select import (
+    DKDV_KERNELS,
+    DQ_KERNELS,
+    FORWARD_KERNELS,
+    MANY_ROWS,
+    Problem,
+    Table,
+    current_overrides,
+    parse_table,
+    select,
+    select_first,
+    tables,
+    tma_usable,
+)
 from weft_attn.launch.splits import cut_forward, heads_per_wave
 from weft_attn.plan import Plan
 
@@ -33,11 +55,11 @@ DEVICE = table("h200", 'arch = "sm_90"\ndevice = "H200"', "block_q = 64\nblock_k
 
 @pytest.fixture
 def use_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    select_module._select_from_tables.cache_clear()
+    select_module._search_tables.cache_clear()
     monkeypatch.setattr(select_module, "tables", lambda: (ANY, ARCH, DEVICE))
     yield monkeypatch
     monkeypatch.undo()
-    select_module._select_from_tables.cache_clear()
+    select_module._search_tables.cache_clear()
 
 
 def forward(block_q: int = 64, block_k: int = 32, **more: object) -> ForwardConfig:
@@ -214,6 +236,57 @@ def test_an_unknown_target_is_refused() -> None:
     assert target("sm_90").arch == "sm_90"
     with pytest.raises(Unsupported, match=r"expected one of .*sm_90.*given 'sm_70'"):
         target("sm_70")
+
+
+# ---- Hopper's kernels -------------------------------------------------------------------------------------------------------
+
+HOPPER = HopperForwardConfig(block_k=64, num_warps=4, num_stages=2)
+
+
+@pytest.mark.parametrize("kernels", [FORWARD_KERNELS, DKDV_KERNELS, DQ_KERNELS])
+def test_hopper_kernels_are_preferred_where_a_row_serves_and_only_there(kernels: tuple[str, ...]) -> None:
+    hopper, portable = kernels
+    assert select_first(kernels, PROBLEM, H200).config.kernel == hopper
+    assert select_first(kernels, PROBLEM, Device("NVIDIA H100", "sm_90", 132, 227 * 1024)).config.kernel == hopper
+    for problem in (
+        Problem(128, 64, 16),
+        Problem(96, 96, 16),
+        Problem(128, 128, 32),
+        Problem(128, 128, 16, tma_possible=False),
+        Problem(32, 32, 16),
+    ):
+        assert select_first(kernels, problem, H200).config.kernel == portable, problem
+    for other in (
+        target("sm_80"),
+        target("sm_100"),
+        target("gfx942"),
+        replace(INTERPRETER, arch="sm_90", shared_memory=227 * 1024),
+    ):
+        assert select_first(kernels, PROBLEM, other).config.kernel == portable, other
+
+
+def test_an_override_of_either_forward_is_what_runs() -> None:
+    with override(forward(16, 16)):
+        assert select_first(FORWARD_KERNELS, PROBLEM, H200).config == forward(16, 16)
+    with override(HOPPER):
+        assert select_first(FORWARD_KERNELS, PROBLEM, H200).config == HOPPER
+
+
+@pytest.mark.parametrize(
+    ("problem", "device"),
+    [(Problem(128, 128, 32), H200), (Problem(128, 64, 16), H200), (PROBLEM, target("sm_80")), (Problem(96, 96, 16), H200)],
+)
+def test_a_hopper_override_that_cannot_serve_is_refused(problem: Problem, device: Device) -> None:
+    with override(HOPPER), pytest.raises(InvalidConfig, match=r"expected 16-bit tensors .*sm_90; given"):
+        select_first(FORWARD_KERNELS, problem, device)
+
+
+def test_the_hopper_forward_needs_a_machine_full_of_items() -> None:
+    many, few = Plan.dense(1, 128 * 8, 1024), Plan.dense(1, 128, 65536)
+    assert isinstance(cut_forward(many, 32, 8, PROBLEM, H200).config, HopperForwardConfig)
+    cut = cut_forward(few, 32, 8, PROBLEM, H200)
+    assert isinstance(cut.config, ForwardConfig)
+    assert cut.tiling.max_tiles is not None
 
 
 # ---- how a forward is cut -------------------------------------------------------------------------------------------------

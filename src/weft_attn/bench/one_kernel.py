@@ -19,7 +19,7 @@ from weft_attn.bench.timing import Call, Clock, Notify, Pace, clock_of, interlea
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import Choice, override, select
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, override, select, select_first
 from weft_attn.testing.compare import Budget
 
 FORWARD, DKDV, DQ = "forward", "backward_dkdv", "backward_dq"
@@ -39,17 +39,28 @@ def needs_kernels(device: torch.device) -> None:
 
 
 def base_choice(kernel: str, case: Case, tensors: Tensors) -> Choice:
-    """What selection gives this kernel for the case, overrides included."""
+    """What selection gives this portable kernel for the case, overrides included, whether or not another runs in its place."""
+    problem = ops.problem_of(tensors.q, tensors.k, tensors.v)
+    if kernel == FORWARD:
+        running = running_choice(kernel, case, tensors)
+        if running.config.kernel == FORWARD:
+            return running
+    return select(kernel, problem, device_of(tensors.device))
+
+
+def running_choice(kernel: str, case: Case, tensors: Tensors) -> Choice:
+    """What runs for the work of this portable kernel: itself, or the one that is preferred to it."""
     if kernel == FORWARD:
         return ops.prepare_forward(case.plan, tensors.q, tensors.k, tensors.v).cut.choice
-    return select(kernel, ops.problem_of(tensors.q, tensors.k, tensors.v), device_of(tensors.device))
+    problem = ops.problem_of(tensors.q, tensors.k, tensors.v)
+    return select_first(DKDV_KERNELS if kernel == DKDV else DQ_KERNELS, problem, device_of(tensors.device))
 
 
 def describe_choice(pass_name: str, case: Case, tensors: Tensors) -> str:
     """The configs of a pass and where they were chosen, for a record."""
     if ops.runs_reference(tensors.device):
         return "reference"
-    choices = [base_choice(kernel, case, tensors) for kernel in kernels_of(pass_name)]
+    choices = [running_choice(kernel, case, tensors) for kernel in kernels_of(pass_name)]
     return "; ".join(f"{describe_config(c.config)} [{c.source}]" for c in choices)
 
 

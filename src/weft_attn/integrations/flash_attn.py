@@ -234,7 +234,9 @@ def flash_attn_with_kvcache(
     for x, name in ((q, "q"), (k_cache, "k_cache"), (v_cache, "v_cache")):
         checks.is_tensor(x, name, 4, "(batch, tokens, heads, D)")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v)):
-        raise Unsupported("attention over a cache has no backward: expected torch.no_grad() or no tensor that requires grad")
+        raise Unsupported(
+            "attention over a cache has no backward: expected torch.no_grad() or no tensor that requires grad, given one that does"
+        )
     flat = (q.flatten(0, 1), k_cache.flatten(0, 1), v_cache.flatten(0, 1))
     checks.qkv(*flat, packed=True)
     require(k_cache.shape[:2] == v_cache.shape[:2], "the caches agree", expected=k_cache.shape[:2], given=v_cache.shape[:2])

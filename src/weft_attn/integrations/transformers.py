@@ -254,7 +254,9 @@ def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, act
             f"a layer's window is in its mask: expected a mask with a window of {sliding_window}, given one without"
         )
     if active is not None and mask.mask.batch is not active:
-        raise InvalidInput("a mask is used in the batch that it was made in: expected one of this context-parallel batch")
+        raise InvalidInput(
+            "a mask is used in the batch that it was made in: expected one of this context-parallel batch, given another's"
+        )
     return mask.mask.batch
 
 

@@ -22,10 +22,20 @@ import triton
 from weft_attn.errors import Unsupported, require
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.offline import compile_call
-from weft_attn.launch.config import CONFIGS, CombineConfig, DeltaConfig, ForwardConfig, LaunchConfig, StreamConfig
+from weft_attn.launch.config import (
+    CONFIGS,
+    CombineConfig,
+    DeltaConfig,
+    ForwardConfig,
+    HopperBackwardDkdvConfig,
+    HopperConfig,
+    HopperForwardConfig,
+    LaunchConfig,
+    StreamConfig,
+)
 from weft_attn.launch.device import Device, target
 from weft_attn.launch.resources import Shape, padded, shared_memory, shortfall
-from weft_attn.launch.select import MANY_ROWS, Problem, select, tables, tma_usable
+from weft_attn.launch.select import MANY_ROWS, Problem, is_served, select, tables, tma_usable
 
 DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 # A call's shape where only strides and dtypes matter: Llama 3 8B.
@@ -93,9 +103,14 @@ class Outcome:
             found.append(f"needs {self.shared_memory} bytes of shared memory of {available}")
         if self.shared_memory > self.shared_memory_bound:
             found.append(f"needs {self.shared_memory} bytes of shared memory, computed bound {self.shared_memory_bound}")
-        if self.atomics:
-            found.append(f"holds {self.atomics} atomics")
+        if self.atomics > allowed_atomics(self.variant.config):
+            found.append(f"holds {self.atomics} atomics, expected at most {allowed_atomics(self.variant.config)}")
         return found
+
+
+def allowed_atomics(config: LaunchConfig) -> int:
+    """Results are summed without atomics. A persistent grid counts with two: which item is next, and who is done."""
+    return 2 if isinstance(config, HopperConfig) else 0
 
 
 def variants(
@@ -140,7 +155,8 @@ def _row_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
             if head_dim is None:
                 dims = _dims_of(row.config, row.head_dim, row.dtype_bits, device)
             else:
-                dims = [head_dim] if padded(head_dim) <= row.head_dim else []
+                serves = head_dim == row.head_dim if isinstance(row.config, HopperConfig) else padded(head_dim) <= row.head_dim
+                dims = [head_dim] if serves else []
             for dim in dims:
                 for dtype in DTYPES[row.dtype_bits]:
                     for all_features in (False, True):
@@ -151,6 +167,8 @@ def _row_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
 
 def _dims_of(config: LaunchConfig, widest: int, dtype_bits: int, device: Device) -> list[int]:
     """The widest power of two up to `widest` that the device holds, and three quarters of it; empty when none fits."""
+    if isinstance(config, HopperConfig):
+        return [] if shortfall(config, Shape(widest, widest, dtype_bits), device) else [widest]
     dim = widest
     while dim >= 16 and shortfall(config, Shape(dim, dim, dtype_bits), device):
         dim //= 2
@@ -159,7 +177,8 @@ def _dims_of(config: LaunchConfig, widest: int, dtype_bits: int, device: Device)
 
 def _quick_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
     dim = QUICK_HEAD_DIM if head_dim is None else head_dim
-    wanted = [(kernel, dim, MANY_ROWS) for kernel in CONFIGS] + [("forward", dim, HEADS // KV_HEADS)]
+    served = [kernel for kernel in CONFIGS if is_served(kernel, Problem(dim, dim, 16), device)]
+    wanted = [(kernel, dim, MANY_ROWS) for kernel in served] + [("forward", dim, HEADS // KV_HEADS)]
     if head_dim is None:
         wanted.append(("forward", QUICK_RAGGED, MANY_ROWS))
     for kernel, dim, few_rows in wanted:
@@ -240,9 +259,35 @@ def call_of(variant: Variant) -> KernelCall:
             lse_log2=statistics,
             config=config,
         )
+    if isinstance(config, HopperConfig):
+        return _hopper_call(config, rows, keys, sinks, statistics, gradient, empty(2, dtype=torch.int32), backward)
     if config.kernel == "backward_dkdv":
         return backward_dkdv_call(dk=gradient, dv=gradient, **backward)
     return backward_dq_call(dq=rows, **backward)
+
+
+def _hopper_call(
+    config: HopperConfig,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    sinks: torch.Tensor | None,
+    statistics: torch.Tensor,
+    gradient: torch.Tensor,
+    counter: torch.Tensor,
+    backward: dict[str, Any],
+) -> KernelCall:
+    from weft_attn.kernels.hopper.backward_dkdv import hopper_backward_dkdv_call
+    from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
+    from weft_attn.kernels.hopper.forward import hopper_forward_call
+
+    grid: dict[str, Any] = dict(counter=counter, multiprocessors=100)
+    if isinstance(config, HopperForwardConfig):
+        names = ("items", "runs", "n_items", "softmax_scale", "softcap", "config", "heads_per_wave")
+        stream = {name: backward[name] for name in names}
+        return hopper_forward_call(q=rows, k=keys, v=keys, sinks=sinks, out=rows, lse=statistics, **grid, **stream)
+    if isinstance(config, HopperBackwardDkdvConfig):
+        return hopper_backward_dkdv_call(dk=gradient, dv=gradient, **grid, **backward)
+    return hopper_backward_dq_call(dq=rows, **grid, **backward)
 
 
 def compile_all(chosen: Sequence[Variant], workers: int = 2) -> Iterator[Outcome]:

@@ -6,6 +6,9 @@ from weft_attn.launch.config import (
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
+    HopperBackwardDkdvConfig,
+    HopperBackwardDqConfig,
+    HopperForwardConfig,
     InvalidConfig,
 )
 from weft_attn.launch.select import override
@@ -16,6 +19,9 @@ __all__ = [
     "CombineConfig",
     "DeltaConfig",
     "ForwardConfig",
+    "HopperBackwardDkdvConfig",
+    "HopperBackwardDqConfig",
+    "HopperForwardConfig",
     "InvalidConfig",
     "override",
 ]

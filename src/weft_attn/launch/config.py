@@ -74,6 +74,11 @@ class StreamConfig(LaunchConfig):
     use_tma: bool = False
     wave_bytes: int = 32 * 2**20
 
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Rows of an item, and columns of a streamed tile."""
+        return self.block_q, self.block_k
+
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardConfig(StreamConfig):
@@ -95,6 +100,10 @@ class BackwardDkdvConfig(StreamConfig):
 
     kernel: ClassVar[str] = "backward_dkdv"
 
+    @property
+    def cut(self) -> tuple[int, int]:
+        return self.block_k, self.block_q
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardDqConfig(StreamConfig):
@@ -103,6 +112,71 @@ class BackwardDqConfig(StreamConfig):
     kernel: ClassVar[str] = "backward_dq"
 
     identity_dot: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperConfig(LaunchConfig):
+    """A warp-specialised kernel of sm_90 (Gluon): a producer warp group and two consumers of 64 rows each, in a persistent grid.
+
+    A row of a table serves one head dim, its own. num_warps are those of a warp group; num_stages: streamed tiles on their way.
+    max_registers: what a thread is compiled for; consumer_registers: what a consumer's thread gets once the producer has given up
+    its share.
+    """
+
+    consumer_registers: int = 240
+    max_registers: int = 168
+    wave_bytes: int = 32 * 2**20
+
+    # Rows of an item: both consumers'.
+    rows_per_item: ClassVar[int] = 128
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """Rows of an item, and columns of a streamed tile."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperForwardConfig(HopperConfig):
+    """Forward on Hopper: 128 query rows against key tiles of `block_k`.
+
+    q_in_registers: keep Q as a register operand, which frees its shared memory for the next item's.
+    """
+
+    kernel: ClassVar[str] = "hopper_forward"
+
+    block_k: int
+    q_in_registers: bool = True
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        return self.rows_per_item, self.block_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperBackwardDkdvConfig(HopperConfig):
+    """dK and dV on Hopper: 128 keys against query tiles of `block_q`."""
+
+    kernel: ClassVar[str] = "hopper_backward_dkdv"
+
+    block_q: int
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        return self.rows_per_item, self.block_q
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperBackwardDqConfig(HopperConfig):
+    """dQ on Hopper: 128 query rows against key tiles of `block_k`."""
+
+    kernel: ClassVar[str] = "hopper_backward_dq"
+
+    block_k: int
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        return self.rows_per_item, self.block_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,5 +198,15 @@ class DeltaConfig(LaunchConfig):
 
 
 CONFIGS: dict[str, type[LaunchConfig]] = {
-    c.kernel: c for c in (ForwardConfig, BackwardDkdvConfig, BackwardDqConfig, CombineConfig, DeltaConfig)
+    c.kernel: c
+    for c in (
+        ForwardConfig,
+        BackwardDkdvConfig,
+        BackwardDqConfig,
+        CombineConfig,
+        DeltaConfig,
+        HopperForwardConfig,
+        HopperBackwardDkdvConfig,
+        HopperBackwardDqConfig,
+    )
 }

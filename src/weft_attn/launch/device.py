@@ -23,6 +23,7 @@ class Device:
         shared_memory: bytes that one program may use.
         registers_per_thread: most 32-bit registers a thread may use.
         threads_per_warp: 32, or 64 on AMD's data-centre GPUs.
+        interpreted: Triton's interpreter, which has no Gluon.
     """
 
     name: str
@@ -31,10 +32,15 @@ class Device:
     shared_memory: int
     registers_per_thread: int = 255
     threads_per_warp: int = 32
+    interpreted: bool = False
 
     @property
     def has_tma(self) -> bool:
         return self.arch.startswith("sm_") and int(self.arch[3:]) >= 90
+
+    @property
+    def has_hopper_kernels(self) -> bool:
+        return self.arch == "sm_90" and not self.interpreted
 
 
 # Offline targets: shared memory a block may opt into (CUDA programming guide, compute capabilities; CDNA3 ISA for gfx942), and
@@ -50,7 +56,7 @@ TARGETS = {
 }
 
 # What kernels see in Triton's interpreter, which has neither shared memory nor registers: an A100's room, so that its tables apply.
-INTERPRETER = Device("interpreter", "sm_80", 4, 163 * KIB)
+INTERPRETER = Device("interpreter", "sm_80", 4, 163 * KIB, interpreted=True)
 
 
 @cache

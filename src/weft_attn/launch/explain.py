@@ -12,12 +12,14 @@ import torch
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import accumulator_registers, shared_memory
-from weft_attn.launch.select import Choice, Problem, select
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, Problem, select_first
 from weft_attn.launch.splits import ForwardCut, cut_forward
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import host_stream
 
 CUDA_DRIVER = "libcuda.so.1"
+# The kernels beside the forward, each with those that may run in its place, the preferred one first.
+OTHER_KERNELS = (("combine",), ("delta",), DKDV_KERNELS, DQ_KERNELS)
 
 
 @dataclass(frozen=True)
@@ -122,17 +124,15 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
     """
     cut = cut_forward(plan, heads, kv_heads, problem, device)
     stream = host_stream(plan, cut.tiling)
-    choices = {"forward": cut.choice}
-    for kernel in ("combine", "delta", "backward_dkdv", "backward_dq"):
-        choices[kernel] = select(kernel, problem, device)
+    choices = [cut.choice, *(select_first(kernels, problem, device) for kernels in OTHER_KERNELS)]
     kernels = tuple(
         KernelChoice(
-            kernel,
+            choice.config.kernel,
             choice,
             shared_memory(choice.config, problem.shape, device.arch),
             accumulator_registers(choice.config, problem.shape, device.threads_per_warp),
         )
-        for kernel, choice in choices.items()
+        for choice in choices
     )
     return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels)
 

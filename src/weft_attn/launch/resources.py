@@ -12,6 +12,10 @@ from weft_attn.launch.config import (
     BackwardDkdvConfig,
     BackwardDqConfig,
     ForwardConfig,
+    HopperBackwardDkdvConfig,
+    HopperBackwardDqConfig,
+    HopperConfig,
+    HopperForwardConfig,
     LaunchConfig,
 )
 from weft_attn.launch.device import Device
@@ -67,6 +71,8 @@ RESERVE = 2048
 
 def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
     """Bytes of shared memory a program of this config needs on `arch`, an upper bound of what Triton allocates."""
+    if isinstance(config, HopperConfig):
+        return _hopper_shared_memory(config, shape) + RESERVE
     tiles = _tiles(config, shape)
     if tiles is None:
         return SMALL_KERNEL
@@ -86,6 +92,19 @@ def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
     return max(kept + staged + scratch, epilogue) + RESERVE
 
 
+def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
+    """The tiles that a program keeps and those on their way."""
+    row = shape.head_dim * (shape.dtype_bits // 8)
+    own = config.rows_per_item * row
+    if isinstance(config, HopperForwardConfig):
+        # The result has room of its own where q's is given to the next item.
+        return own * (2 if config.q_in_registers else 1) + config.num_stages * 2 * config.block_k * row
+    if isinstance(config, HopperBackwardDkdvConfig):
+        return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
+    assert isinstance(config, HopperBackwardDqConfig)
+    return 2 * own + config.num_stages * 2 * config.block_k * row
+
+
 def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: int) -> int:
     """32-bit registers a thread needs for what lives across the stream, plus one tile of scores."""
     d, dv = padded(shape.head_dim), padded(shape.head_dim_v)
@@ -96,6 +115,12 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
         return config.block_q * (d + 2 * config.block_k) // threads
     if isinstance(config, BackwardDkdvConfig):
         return config.block_k * (d + dv + 2 * config.block_q) // threads
+    if isinstance(config, HopperForwardConfig):
+        return config.rows_per_item // 2 * (dv + config.block_k) // threads
+    if isinstance(config, HopperBackwardDkdvConfig):
+        return config.rows_per_item // 2 * (d + dv + 2 * config.block_q) // threads
+    if isinstance(config, HopperBackwardDqConfig):
+        return config.rows_per_item // 2 * (d + 2 * config.block_k) // threads
     return 0
 
 

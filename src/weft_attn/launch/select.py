@@ -17,11 +17,16 @@ from importlib import resources as package_files
 from typing import Any
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import CONFIGS, InvalidConfig, LaunchConfig, StreamConfig
+from weft_attn.launch.config import CONFIGS, HopperConfig, InvalidConfig, LaunchConfig, StreamConfig
 from weft_attn.launch.device import Device
 from weft_attn.launch.resources import Shape, shortfall
 
 MANY_ROWS = 0
+
+# Kernels for the same work, the preferred one first.
+FORWARD_KERNELS = ("hopper_forward", "forward")
+DKDV_KERNELS = ("hopper_backward_dkdv", "backward_dkdv")
+DQ_KERNELS = ("hopper_backward_dq", "backward_dq")
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,11 @@ def select(kernel: str, problem: Problem, device: Device) -> Choice:
     """
     overridden = _overrides.get(kernel)
     if overridden is not None:
+        if isinstance(overridden, HopperConfig) and not _serves_hopper(problem, device):
+            raise InvalidConfig(
+                f"the overriding {kernel} config fits the call: expected 16-bit tensors that are 16-byte aligned, equal head dims "
+                f"that are a power of two, enough rows, and sm_90; given {problem} on {device.name} ({device.arch})"
+            )
         lacking = shortfall(overridden, problem.shape, device)
         if lacking:
             raise InvalidConfig(f"the overriding {kernel} config fits {device.name}: {lacking}, given {overridden}")
@@ -165,15 +175,58 @@ def select(kernel: str, problem: Problem, device: Device) -> Choice:
     return _select_from_tables(kernel, problem, device)
 
 
+def select_first(kernels: tuple[str, ...], problem: Problem, device: Device) -> Choice:
+    """The first of several kernels for the same work that is overridden, else the first that a table serves.
+
+    Raises:
+        InvalidConfig, Unsupported: as `select` does for the one that is overridden, or for the last.
+    """
+    for kernel in kernels:
+        if kernel in _overrides:
+            return select(kernel, problem, device)
+    for kernel in kernels[:-1]:
+        choice, _ = _search_tables(kernel, problem, device)
+        if choice is not None:
+            return choice
+    return select(kernels[-1], problem, device)
+
+
 def tma_usable(problem: Problem, device: Device) -> bool:
     """Tensor descriptors need the hardware, aligned tensors, and heads that fill their tile's columns."""
     powers = all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v))
     return device.has_tma and problem.tma_possible and powers
 
 
-@lru_cache(maxsize=4096)
+def is_served(kernel: str, problem: Problem, device: Device) -> bool:
+    """Whether a table has a row of this kernel for the problem that the device can hold."""
+    return _search_tables(kernel, problem, device)[0] is not None
+
+
+def _serves_hopper(problem: Problem, device: Device) -> bool:
+    """What every Hopper kernel asks of a call."""
+    return (
+        device.has_hopper_kernels
+        and tma_usable(problem, device)
+        and problem.head_dim == problem.head_dim_v
+        and problem.dtype_bits == 16
+        and problem.few_rows == MANY_ROWS
+    )
+
+
 def _select_from_tables(kernel: str, problem: Problem, device: Device) -> Choice:
-    rejected = []
+    choice, rejected = _search_tables(kernel, problem, device)
+    if choice is None:
+        raise Unsupported(
+            f"a {kernel} config fits {device.name} ({device.arch}) for head dims {problem.head_dim}/{problem.head_dim_v}, "
+            f"{problem.dtype_bits}-bit: expected a table row or override that fits, given {rejected or 'no row'}"
+        )
+    return choice
+
+
+@lru_cache(maxsize=4096)
+def _search_tables(kernel: str, problem: Problem, device: Device) -> tuple[Choice | None, list[str]]:
+    """The first row that serves and fits, and why the rows before it do not."""
+    rejected: list[str] = []
     for source, rows in _candidates(kernel, problem, device):
         for row in rows:
             config, note = row.config, row.note
@@ -182,12 +235,9 @@ def _select_from_tables(kernel: str, problem: Problem, device: Device) -> Choice
                 note = f"{note}; reads through pointers: these tensors cannot be described to the copy engine".lstrip("; ")
             lacking = shortfall(config, problem.shape, device)
             if not lacking:
-                return Choice(config, source, note)
+                return Choice(config, source, note), rejected
             rejected.append(f"{source}: {lacking}")
-    raise Unsupported(
-        f"a {kernel} config fits {device.name} ({device.arch}) for head dims {problem.head_dim}/{problem.head_dim_v}, "
-        f"{problem.dtype_bits}-bit: expected a table row or override that fits, given {rejected or 'no row'}"
-    )
+    return None, rejected
 
 
 def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple[str, list[Row]]]:
@@ -199,6 +249,10 @@ def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple
             and row.dtype_bits == problem.dtype_bits
             and row.head_dim >= problem.shape.widest
             and (row.few_rows == MANY_ROWS) == (problem.few_rows == MANY_ROWS or kernel != "forward")
+            and (
+                not isinstance(row.config, HopperConfig)
+                or (row.head_dim == problem.head_dim and _serves_hopper(problem, device))
+            )
         ]
         # The tightest row that serves; when no few-rows tile holds all rows, the largest one.
         return sorted(rows, key=lambda r: (r.head_dim, r.few_rows < problem.few_rows, abs(r.few_rows - problem.few_rows)))

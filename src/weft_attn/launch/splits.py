@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weft_attn.launch.config import ForwardConfig
+from weft_attn.launch.config import ForwardConfig, HopperForwardConfig
 from weft_attn.launch.device import Device
-from weft_attn.launch.select import Choice, Problem, select
+from weft_attn.launch.select import FORWARD_KERNELS, Choice, Problem, select, select_first
 from weft_attn.plan.cost import steps_of
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import Tiling, count_items
@@ -22,7 +22,7 @@ class ForwardCut:
     """The forward's config, how many heads share a tile, and how the plan is cut."""
 
     choice: Choice
-    config: ForwardConfig
+    config: ForwardConfig | HopperForwardConfig
     pack: int
     tiling: Tiling
 
@@ -30,13 +30,19 @@ class ForwardCut:
 def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Device) -> ForwardCut:
     """Decide how the forward of a plan runs on a device.
 
-    Full tiles of one head each, unless their number falls below 0.8 of the multiprocessors. Then the query heads of a KV head
+    Full tiles of one head each, on Hopper by its own kernel where a table names one, unless their number falls below 0.8 of the multiprocessors. Then the query heads of a KV head
     share a tile (K and V are read once for all of them) and each tile's keys are split over the machine.
     """
-    choice = select("forward", problem, device)
+    enough = OCCUPIED * device.multiprocessors
+    choice = select_first(FORWARD_KERNELS, problem, device)
     config = choice.config
+    if isinstance(config, HopperForwardConfig):
+        if count_items(plan, config.cut[0]) * heads >= enough or choice.source == "override":
+            return ForwardCut(choice, config, 1, Tiling(*config.cut))
+        choice = select("forward", problem, device)
+        config = choice.config
     assert isinstance(config, ForwardConfig)
-    if count_items(plan, config.block_q) * heads >= OCCUPIED * device.multiprocessors:
+    if count_items(plan, config.block_q) * heads >= enough:
         return ForwardCut(choice, config, 1, Tiling(config.block_q, config.block_k))
 
     group = heads // kv_heads

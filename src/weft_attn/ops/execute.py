@@ -2,36 +2,28 @@
 
 CPU tensors run the reference; with TRITON_INTERPRET=1 they run the Triton kernels in Triton's interpreter.
 
-Everything that a pass decides depends on the plan and on how its tensors lie in memory, never on their values. It is decided
-once and kept with the plan as a `Recipe`; a call with tensors that lie alike follows the recipe, and what is left of the host's
-work is to look it up and to launch.
+What a pass decides is kept with the plan as a recipe (recipes.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import StreamConfig
+from weft_attn.launch.config import HopperConfig, HopperForwardConfig, StreamConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import Problem, current_overrides, select
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Problem, select, select_first
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave
+from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, recipe_of
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
 from weft_attn.reference import reference_attention, reference_gradients
 
 if TYPE_CHECKING:
-    from weft_attn.kernels.call import BoundCall, KernelCall
-
-Tensors = dict[str, torch.Tensor | None]
-
-# Recipes that a plan keeps: one for each layout of tensors and pair of scalars that a program uses it with.
-MAX_RECIPES = 64
+    from weft_attn.kernels.call import KernelCall
 
 
 def kernels_interpreted() -> bool:
@@ -60,82 +52,14 @@ def _describable(*tensors: torch.Tensor) -> bool:
     )
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
-    """What selection needs to know of a call's tensors."""
-    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v))
+def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Problem:
+    """What selection needs to know of a call's tensors; `others` lie in memory beside them."""
+    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v, *others))
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
     """Kernels want a contiguous last dimension; any token and head stride will do."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-# ---- recipes --------------------------------------------------------------------------------------------------------------
-
-
-class Step:
-    """One launch of a pass: put together in full the first time, bound from then on."""
-
-    def __init__(self, make: Callable[[Any], KernelCall]) -> None:
-        self._make = make
-        self._bound: BoundCall | None = None
-
-    def run(self, tensors: Tensors) -> None:
-        if self._bound is not None:
-            self._bound.launch(tensors)
-            return
-        from weft_attn.kernels.call import BoundCall
-
-        # Objects of their own, so that a tensor passed under two names (k as v) is two arguments that may differ next time.
-        own = {name: None if x is None else x.detach() for name, x in tensors.items()}
-        call = self._make(own)
-        compiled = call.launch()
-        if compiled is not None:
-            self._bound = BoundCall(call, compiled, own)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A pass over a plan, decided: the tables it reads, the memory it needs in between, its launches.
-
-    Attributes:
-        streams: the tables; joined before the launches.
-        scratch: float32 tensors by name, with their shapes.
-        steps: launches in order.
-    """
-
-    streams: Sequence[DeviceStream]
-    scratch: dict[str, tuple[int, ...]]
-    steps: Sequence[Step]
-
-    def run(self, tensors: Tensors, device: torch.device) -> Tensors:
-        """Launch on the tensors' device; returns them with the scratch that the launches wrote."""
-        with _current(device):
-            for stream in self.streams:
-                stream.join()
-            for name, shape in self.scratch.items():
-                tensors[name] = torch.empty(shape, dtype=torch.float32, device=device)
-            for step in self.steps:
-                step.run(tensors)
-        return tensors
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device: make it the tensors' own."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-def _recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Recipe:
-    layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors.values())
-    key = (*key, layouts, device, current_overrides())
-    found = plan._recipes.get(key)
-    if found is None:
-        if len(plan._recipes) >= MAX_RECIPES:
-            plan._recipes.clear()
-        found = plan._recipes[key] = make()
-    return found
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------------
@@ -150,15 +74,15 @@ class PreparedForward:
     wave: int
 
 
-def prepare_forward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> PreparedForward:
-    """Select, cut and place."""
-    cut = cut_forward(plan, q.shape[1], k.shape[1], problem_of(q, k, v), device_of(q.device))
+def prepare_forward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> PreparedForward:
+    """Select, cut and place; `others` are tensors that the kernel describes beside q, k and v."""
+    cut = cut_forward(plan, q.shape[1], k.shape[1], problem_of(q, k, v, *others), device_of(q.device))
     kv_heads_together = _wave(cut.config, k, v, 1, k.shape[1])
     wave = kv_heads_together * (q.shape[1] // k.shape[1]) // cut.pack
     return PreparedForward(cut, device_stream(plan, cut.tiling, q.device), wave)
 
 
-def _wave(config: StreamConfig, one: torch.Tensor, other: torch.Tensor, heads_each: int, limit: int) -> int:
+def _wave(config: StreamConfig | HopperConfig, one: torch.Tensor, other: torch.Tensor, heads_each: int, limit: int) -> int:
     """Heads that run together: `one` and `other` are streamed, `heads_each` of their heads for each head of the grid."""
     bytes_per_head = one.shape[0] * (one.shape[2] + other.shape[2]) * one.element_size() * heads_each
     return heads_per_wave(bytes_per_head, config.wave_bytes, limit)
@@ -198,7 +122,7 @@ def attention_into(
     def make() -> Recipe:
         return _forward_recipe(plan, tensors, softmax_scale, softcap)
 
-    _recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+    recipe_of(plan, ("forward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
 
 
 def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
@@ -206,8 +130,10 @@ def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: flo
     from weft_attn.kernels.triton.forward import forward_call
 
     q, k, v = tensors["q"], tensors["k"], tensors["v"]
-    prepared = prepare_forward(plan, q, k, v)
+    prepared = prepare_forward(plan, q, k, v, tensors["out"])
     cut, stream = prepared.cut, prepared.stream
+    if isinstance(cut.config, HopperForwardConfig):
+        return _hopper_forward_recipe(prepared, device_of(q.device).multiprocessors, softmax_scale, softcap)
     scratch: dict[str, tuple[int, ...]] = {}
     if stream.slots:
         rows = (stream.slots, q.shape[1] // cut.pack, cut.config.block_q)
@@ -254,6 +180,31 @@ def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: flo
     return Recipe([stream], scratch, steps)
 
 
+def _hopper_forward_recipe(prepared: PreparedForward, multiprocessors: int, softmax_scale: float, softcap: float) -> Recipe:
+    from weft_attn.kernels.hopper.forward import hopper_forward_call
+
+    def attend(t: Any) -> KernelCall:
+        return hopper_forward_call(
+            q=t["q"],
+            k=t["k"],
+            v=t["v"],
+            sinks=t["sinks"],
+            out=t["out"],
+            lse=t["lse"],
+            items=prepared.stream.items,
+            runs=prepared.stream.runs,
+            n_items=prepared.stream.n_items,
+            heads_per_wave=prepared.wave,
+            counter=t["counter"],
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            multiprocessors=multiprocessors,
+            config=prepared.cut.config,
+        )
+
+    return Recipe([prepared.stream], {}, [Step(attend)], Counter())
+
+
 # ---- backward -------------------------------------------------------------------------------------------------------------
 
 
@@ -261,24 +212,24 @@ def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: flo
 class PreparedBackward:
     """A backward kernel's config, stream and wave for one plan."""
 
-    config: StreamConfig
+    config: StreamConfig | HopperConfig
     stream: DeviceStream
     wave: int
 
 
 def prepare_backward(
-    kernel: str, plan: Plan, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    kernels: tuple[str, ...], plan: Plan, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> PreparedBackward:
-    """As `prepare_forward`, for "backward_dkdv" or "backward_dq"."""
-    config = select(kernel, problem, device_of(q.device)).config
-    assert isinstance(config, StreamConfig)
+    """As `prepare_forward`, for DKDV_KERNELS or DQ_KERNELS."""
+    config = select_first(kernels, problem, device_of(q.device)).config
+    assert isinstance(config, StreamConfig | HopperConfig)
     group = q.shape[1] // k.shape[1]
-    if kernel == "backward_dkdv":
-        tiling = Tiling(config.block_k, config.block_q, transposed=True)
+    if kernels == DKDV_KERNELS:
+        tiling = Tiling(*config.cut, transposed=True)
         bytes_per_head = q.shape[0] * (q.shape[2] + v.shape[2]) * q.element_size() * group
         wave = heads_per_wave(bytes_per_head, config.wave_bytes, k.shape[1])
     else:
-        tiling = Tiling(config.block_q, config.block_k)
+        tiling = Tiling(*config.cut)
         wave = _wave(config, k, v, 1, k.shape[1]) * group
     return PreparedBackward(config, device_stream(plan, tiling, q.device), wave)
 
@@ -326,7 +277,7 @@ def attention_backward_into(
     def make() -> Recipe:
         return _backward_recipe(plan, tensors, softmax_scale, softcap)
 
-    tensors = _recipe(plan, ("backward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+    tensors = recipe_of(plan, ("backward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
     if sinks is None:
         return None
     delta = tensors["delta"]
@@ -346,6 +297,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
     problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
     delta_config = select("delta", problem, device_of(q.device)).config
     copies = 1
+    persistent = False
     streams: list[DeviceStream] = []
     steps: list[Step] = []
 
@@ -380,17 +332,32 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             config=prepared.config,
         )
 
+    def of_grid(t: Any) -> dict[str, Any]:
+        return dict(counter=t["counter"], multiprocessors=device_of(q.device).multiprocessors)
+
     if tensors["dk"] is not None and k.shape[0]:
-        dkdv = prepare_backward("backward_dkdv", plan, problem, q, k, v)
-        copies = SHIFTED_COPIES if dkdv.config.use_tma else 1
+        dkdv = prepare_backward(DKDV_KERNELS, plan, problem, q, k, v)
         streams.append(dkdv.stream)
-        steps.append(Step(lambda t: backward_dkdv_call(**shared(t, dkdv), dk=t["dk"], dv=t["dv"])))
+        if isinstance(dkdv.config, HopperConfig):
+            from weft_attn.kernels.hopper.backward_dkdv import hopper_backward_dkdv_call
+
+            copies, persistent = SHIFTED_COPIES, True
+            steps.append(Step(lambda t: hopper_backward_dkdv_call(**shared(t, dkdv), **of_grid(t), dk=t["dk"], dv=t["dv"])))
+        else:
+            copies = SHIFTED_COPIES if dkdv.config.use_tma else 1
+            steps.append(Step(lambda t: backward_dkdv_call(**shared(t, dkdv), dk=t["dk"], dv=t["dv"])))
     if tensors["dq"] is not None and total_q:
-        rows = prepare_backward("backward_dq", plan, problem, q, k, v)
+        rows = prepare_backward(DQ_KERNELS, plan, problem, q, k, v)
         streams.append(rows.stream)
-        steps.append(Step(lambda t: backward_dq_call(**shared(t, rows), dq=t["dq"])))
+        if isinstance(rows.config, HopperConfig):
+            from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
+
+            persistent = True
+            steps.append(Step(lambda t: hopper_backward_dq_call(**shared(t, rows), **of_grid(t), dq=t["dq"])))
+        else:
+            steps.append(Step(lambda t: backward_dq_call(**shared(t, rows), dq=t["dq"])))
     shape = stats_shape(heads, total_q, copies)
-    return Recipe(streams, dict(delta=shape, lse_log2=shape), steps)
+    return Recipe(streams, dict(delta=shape, lse_log2=shape), steps, Counter() if persistent else None)
 
 
 def _sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,116 @@
+"""What a pass over a plan launches, decided once and kept with the plan.
+
+Everything that a pass decides depends on the plan and on how its tensors lie in memory, never on their values. A call with tensors
+that lie alike follows the recipe; what is left of the host's work is to look it up and to launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weft_attn.launch.select import current_overrides
+from weft_attn.plan.slices import Plan
+from weft_attn.plan.stream import DeviceStream
+
+if TYPE_CHECKING:
+    from weft_attn.kernels.call import BoundCall, KernelCall
+
+Tensors = dict[str, torch.Tensor | None]
+
+# Recipes that a plan keeps: one for each layout of tensors and pair of scalars that a program uses it with.
+MAX_RECIPES = 64
+
+
+class Step:
+    """One launch of a pass: put together in full the first time, bound from then on."""
+
+    def __init__(self, make: Callable[[Any], KernelCall]) -> None:
+        self._make = make
+        self._bound: BoundCall | None = None
+
+    def run(self, tensors: Tensors) -> None:
+        if self._bound is not None:
+            self._bound.launch(tensors)
+            return
+        from weft_attn.kernels.call import BoundCall
+
+        # Objects of their own, so that a tensor passed under two names (k as v) is two arguments that may differ next time.
+        own = {name: None if x is None else x.detach() for name, x in tensors.items()}
+        call = self._make(own)
+        compiled = call.launch()
+        if compiled is not None:
+            self._bound = BoundCall(call, compiled, own)
+
+
+class Counter:
+    """The counter of persistent grids, which each launch leaves at zero: one for each CUDA stream, whose launches run one after
+    the other. A graph gets its own, zeroed in it, because it may be replayed on another stream.
+    """
+
+    def __init__(self) -> None:
+        self._of_stream: dict[int, torch.Tensor] = {}
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        from weft_attn.kernels.hopper.schedule import COUNTER_SIZE
+
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+        found = self._of_stream.get(stream)
+        if found is None:
+            found = self._of_stream[stream] = torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
+        return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pass over a plan, decided: the tables it reads, the memory it needs in between, its launches.
+
+    Attributes:
+        streams: the tables; joined before the launches.
+        scratch: float32 tensors by name, with their shapes.
+        steps: launches in order.
+        counter: what persistent grids count with, where there are any.
+    """
+
+    streams: Sequence[DeviceStream]
+    scratch: dict[str, tuple[int, ...]]
+    steps: Sequence[Step]
+    counter: Counter | None = None
+
+    def run(self, tensors: Tensors, device: torch.device) -> Tensors:
+        """Launch on the tensors' device; returns them with the scratch that the launches wrote."""
+        with _current(device):
+            for stream in self.streams:
+                stream.join()
+            for name, shape in self.scratch.items():
+                tensors[name] = torch.empty(shape, dtype=torch.float32, device=device)
+            if self.counter is not None:
+                tensors["counter"] = self.counter.on(device)
+            for step in self.steps:
+                step.run(tensors)
+        return tensors
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the current device: make it the tensors' own."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def recipe_of(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Recipe:
+    """The plan's recipe for a pass named by `key` over tensors that lie like these, made where there is none."""
+    layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors.values())
+    key = (*key, layouts, device, current_overrides())
+    found = plan._recipes.get(key)
+    if found is None:
+        if len(plan._recipes) >= MAX_RECIPES:
+            plan._recipes.clear()
+        found = plan._recipes[key] = make()
+    return found

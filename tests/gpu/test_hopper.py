@@ -1,0 +1,115 @@
+"""Hopper's kernels against the oracle on every plan, however small: selection would give the smallest to the portable kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import weft_attn as weft
+from weft_attn.launch import HopperBackwardDkdvConfig, HopperBackwardDqConfig, HopperForwardConfig, override
+from weft_attn.launch.device import device_of
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first
+from weft_attn.testing.cases import PLANS, Case, make_inputs
+from weft_attn.testing.compare import assert_matches_oracle, evaluate
+
+DEVICE = torch.device("cuda")
+MAIN = Case(size=301, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper() -> None:
+    if not device_of(DEVICE).has_hopper_kernels:
+        pytest.skip("Hopper's kernels run on sm_90")
+
+
+def rows_of(case: Case) -> list[HopperForwardConfig | HopperBackwardDkdvConfig | HopperBackwardDqConfig]:
+    """What the tables give this head dim, as overrides: they run whatever the number of rows."""
+    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8)
+    choices = [
+        select_first(kernels, problem, device_of(DEVICE)).config for kernels in (FORWARD_KERNELS, DKDV_KERNELS, DQ_KERNELS)
+    ]
+    found = [c for c in choices if isinstance(c, HopperForwardConfig | HopperBackwardDkdvConfig | HopperBackwardDqConfig)]
+    assert found, "no row of the tables serves the case"
+    return found
+
+
+def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) -> None:
+    plan = plan or case.make_plan()
+    inputs = make_inputs(case, plan, DEVICE)
+    given = inputs.poisoned(plan) if poison else inputs
+    with override(*rows_of(case)):
+        found = evaluate(
+            lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options),  # type: ignore[arg-type, return-value]
+            given,
+        )
+    assert_matches_oracle(found, case, plan, inputs)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_plan_matches_the_oracle(name: str) -> None:
+    check(replace(MAIN, plan=name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 256])
+def test_other_head_dims_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
+    check(replace(MAIN, plan="packed_unequal", head_dim=dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_items_without_edge_tiles_and_items_without_any_match_the_oracle(dim: int) -> None:
+    case = replace(MAIN, head_dim=dim)
+    check(case, weft.Plan.dense(1, 256, 256))
+    check(case, weft.Plan.dense(1, 400, 100, causal=True))
+
+
+@pytest.mark.parametrize("name", ["zigzag_padded", "causal_more_rows", "shared_prefix", "window_both"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_all_features_together_match_the_oracle(name: str, dim: int) -> None:
+    check(replace(MAIN, plan=name, head_dim=dim, sinks=True, softcap=2.0))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1)])
+def test_other_groupings_match_the_oracle(heads: int, kv_heads: int) -> None:
+    check(replace(MAIN, plan="packed_window", heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("name", ["zigzag_padded", "unseen", "groups"])
+def test_nan_where_nobody_looks_reaches_nothing(name: str) -> None:
+    check(replace(MAIN, plan=name), poison=True)
+
+
+def test_graphs_replay_beside_eager_launches() -> None:
+    """A persistent grid counts its items: a captured launch with a counter of its own."""
+    case = replace(MAIN, plan="packed")
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    with override(*rows_of(case)):
+        want = weft.plan_attention(x.q, x.k, x.v, plan)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = weft.plan_attention(x.q, x.k, x.v, plan)
+        side = torch.cuda.Stream()
+        for _ in range(20):
+            with torch.cuda.stream(side):
+                graph.replay()
+            eager = weft.plan_attention(x.q, x.k, x.v, plan)
+            torch.cuda.synchronize()
+            assert torch.equal(got, want)
+            assert torch.equal(eager, want)
+
+
+def test_a_thousand_runs_are_equal_to_the_bit() -> None:
+    case = replace(MAIN, plan="packed", sinks=True)
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True)  # noqa: E731
+    with override(*rows_of(case)):
+        first = evaluate(attention, x)  # type: ignore[arg-type]
+        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(1000):
+            for (_, one), (_, other) in zip(evaluate(attention, x).items(), first.items(), strict=True):  # type: ignore[arg-type]
+                differing += (one != other).sum()
+    assert int(differing) == 0
