@@ -357,7 +357,10 @@ def blockwise(
             empty = row_lse.isinf()
             probs = torch.exp(scores - row_lse.masked_fill(empty, 0.0)[:, None])
             lse[head, block] = row_lse
-            out[block, head] = rounded(rounded(probs) @ v_seen)
+            # Rounded relative to the row's largest score and normalised afterwards: a row that sees one key gets that key's value.
+            peak = joined.amax(dim=1).masked_fill(empty, 0.0) if joined.shape[1] else torch.zeros_like(row_lse)
+            weights = torch.exp(scores - peak[:, None])
+            out[block, head] = rounded((rounded(weights) @ v_seen) * torch.exp(peak - row_lse.masked_fill(empty, 0.0))[:, None])
             if not gradients:
                 continue
             delta = (dout[block, head] * out[block, head]).sum(dim=1)
