@@ -3,6 +3,7 @@
 A test, and a script to run under a memory checker:
 
     compute-sanitizer --tool memcheck python tests/gpu/test_sanitizer_shapes.py
+    compute-sanitizer --tool synccheck python tests/gpu/test_sanitizer_shapes.py
     compute-sanitizer --tool racecheck python tests/gpu/test_sanitizer_shapes.py
 """
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 import weft_attn as weft
+from weft_attn.launch import HopperForwardConfig, override
+from weft_attn.launch.device import device_of
+from weft_attn.launch.select import FORWARD_KERNELS, Problem, select_first
 from weft_attn.testing.cases import Case, make_inputs
 from weft_attn.testing.compare import evaluate
 
@@ -29,6 +33,17 @@ CASES = [
 
 
 def run(case: Case) -> None:
+    """Once as selection says, and once with Hopper's forward where it serves: selection leaves it few rows."""
+    choice = select_first(
+        FORWARD_KERNELS, Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8), device_of(torch.device("cuda"))
+    )
+    launch(case)
+    if isinstance(choice.config, HopperForwardConfig):
+        with override(choice.config):
+            launch(case)
+
+
+def launch(case: Case) -> None:
     plan = case.make_plan()
     inputs = make_inputs(case, plan, "cuda")
     found = evaluate(
