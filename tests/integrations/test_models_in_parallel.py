@@ -94,6 +94,16 @@ def test_positions_are_looked_at_by_the_layers_of_a_model_that_does_not_show_the
             model(**{**INPUTS, "use_cache": True})
 
 
+def test_a_model_in_training_may_fill_a_cache_that_it_drops(llama: Any) -> None:
+    """Models fill one unless told not to; nobody generates with a model in training."""
+    llama.train()
+    expected = llama(**INPUTS).logits
+    with CP.batch(CU_SEQLENS):
+        assert torch.equal(llama(IDS, position_ids=POSITIONS).logits, expected)
+        with pytest.raises(InvalidInput, match="position"):
+            llama(IDS)
+
+
 def test_a_cache_that_holds_keys_is_refused(llama: Any) -> None:
     cache = llama(IDS[:, :5], use_cache=True).past_key_values
     with CP.batch([0, 6]), pytest.raises(Unsupported, match="KV cache"):
