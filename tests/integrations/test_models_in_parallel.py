@@ -38,6 +38,21 @@ def test_two_processes_give_the_logits_and_gradients_of_one(case: tuple[str, str
             assert_close_to_oracle(name, grad, oracle[1][name], eager[1][name], smallest=typical / 10)
 
 
+def refused_batch(rank: int, _world_size: int) -> None:
+    cp, model, cu_seqlens = weft.ContextParallel(), decoder("llama"), [0, 1]
+    model.set_attn_implementation("weft")
+    ids, positions = cp.shard(cu_seqlens, torch.tensor([5]))[None], cp.position_ids(cu_seqlens)[None]
+    with cp.batch(cu_seqlens), pytest.raises((Unsupported, IndexError)) as raised:
+        model(ids, position_ids=positions, use_cache=False)
+    # transformers fails on the empty rank before it asks for a mask.
+    assert raised.type is Unsupported or ids.shape[1] == 0, rank
+
+
+def test_a_batch_that_leaves_a_rank_without_a_row_is_refused_by_the_others_too() -> None:
+    """They would wait for it in their first layer."""
+    run_ranks(refused_batch, 2, timeout=60)
+
+
 # ---- refusals, on one process ----------------------------------------------------------------------------------------------
 
 
@@ -92,6 +107,16 @@ def test_positions_are_looked_at_by_the_layers_of_a_model_that_does_not_show_the
             model(IDS, use_cache=False)
         with pytest.raises(Unsupported, match="use_cache"):
             model(**{**INPUTS, "use_cache": True})
+
+
+def test_a_model_in_training_may_fill_a_cache_that_it_drops(llama: Any) -> None:
+    """Models fill one unless told not to; nobody generates with a model in training."""
+    llama.train()
+    expected = llama(**INPUTS).logits
+    with CP.batch(CU_SEQLENS):
+        assert torch.equal(llama(IDS, position_ids=POSITIONS).logits, expected)
+        with pytest.raises(InvalidInput, match="position"):
+            llama(IDS)
 
 
 def test_a_cache_that_holds_keys_is_refused(llama: Any) -> None:

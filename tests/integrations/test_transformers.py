@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import DECODERS, assert_as_eager, bart, bert, decoder, run, tokens
+from transformers.masking_utils import chunked_causal_mask_function
 
 from weft_attn.integrations import transformers as weft_transformers
 from weft_attn.plan import Plan
@@ -43,22 +45,41 @@ def test_packed_position_ids_keep_documents_apart(name: str) -> None:
     assert_as_eager(decoder(name), input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
 
 
-def test_packed_position_ids_that_a_mask_does_not_see_are_refused() -> None:
+@pytest.mark.parametrize(("name", "use_cache"), [("gpt_oss", False), ("gemma2", True), ("llama", True)])
+def test_packed_position_ids_that_a_mask_does_not_see_are_cut_by_the_layers(name: str, use_cache: bool) -> None:
     """gpt-oss does not show them to its mask, a model with a cache neither: documents would run into each other."""
-    ids, positions = tokens(1, 12), torch.cat([torch.arange(7), torch.arange(5)])[None]
-    for name, use_cache in (("gpt_oss", False), ("llama", True)):
-        model = decoder(name)
-        model.set_attn_implementation("weft")
-        with pytest.raises(ValueError, match="position_ids that jump"):
-            model(ids, position_ids=positions, use_cache=use_cache)
-        cu = torch.tensor([0, 7, 12], dtype=torch.int32)
-        apart = model(ids, position_ids=positions, use_cache=use_cache, cu_seq_lens_q=cu, cu_seq_lens_k=cu).logits
-        torch.testing.assert_close(apart[:, 7:], model(ids[:, 7:]).logits, rtol=1e-4, atol=1e-4)
-        # A mask of ones says that all tokens are one document, whatever their positions.
-        whole = dict(position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=use_cache)
-        found = model(ids, **whole).logits
-        model.set_attn_implementation("eager")
-        torch.testing.assert_close(found, model(ids, **whole).logits, rtol=1e-4, atol=1e-4)
+    ids, positions = tokens(2, 23), torch.cat([torch.arange(n) for n in (7, 1, 12, 3)])[None]
+    model = decoder(name)
+    expected = torch.cat([model(part).logits for part in ids.split([7, 1, 12, 3], dim=1)], dim=1)
+    model.set_attn_implementation("weft")
+    for shown in (positions, positions.expand(2, -1)):
+        found = model(ids, position_ids=shown, use_cache=use_cache).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    # A mask of ones says that all tokens are one document, whatever their positions.
+    whole = dict(position_ids=positions, attention_mask=torch.ones_like(ids), use_cache=use_cache)
+    found = model(ids, **whole).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(found, model(ids, **whole).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_that_jump_but_do_not_begin_again_are_refused() -> None:
+    model = decoder("llama")
+    model.set_attn_implementation("weft")
+    with pytest.raises(ValueError, match="position_ids that jump"):
+        model(tokens(1, 6), position_ids=torch.tensor([[0, 1, 2, 5, 6, 7]]), use_cache=True)
+
+
+def test_chunks_are_not_cut_at_positions_that_their_mask_has_not_seen() -> None:
+    chunks = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
+    q, k, layer = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), SimpleNamespace(training=False)
+
+    def attend(positions: torch.Tensor) -> None:
+        mask = weft_transformers.make_mask(1, 8, 8, mask_function=chunks)
+        weft_transformers.attention_forward(layer, q, k, k, mask, position_ids=positions)
+
+    attend(torch.arange(8)[None])
+    with pytest.raises(ValueError, match="position_ids that jump"):
+        attend(torch.arange(8)[None] % 4)
 
 
 def test_an_encoder_with_padding_sees_both_ways() -> None:

@@ -321,13 +321,25 @@ def test_documents_are_described_in_words_or_in_a_file(tmp_path: Path):
     path.write_text("3, 4\n5\n")
     assert document_lengths("3,4,5", None) == document_lengths(str(path), 12) == (3, 4, 5)
     assert document_lengths("equal:5", 12) == (5, 5, 2)
+    assert document_lengths("5", 12) == (2, 2, 3, 2, 3)
+    assert document_lengths("12", 12) == (12,)
     assert document_lengths("lognormal:7:3", 100) == tuple(log_normal_lengths(7, 100, 3))
     assert document_lengths("lognormal:7", 100) == tuple(log_normal_lengths(7, 100))
 
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [("3,4", 8), ("a,b", None), ("lognormal:4", None), ("lognormal:x", 9), ("lognormal:1:2:3", 9), ("equal:0", 9), (",", None)],
+    [
+        ("3,4", 8),
+        ("9", 8),
+        ("0", 8),
+        ("a,b", None),
+        ("lognormal:4", None),
+        ("lognormal:x", 9),
+        ("lognormal:1:2:3", 9),
+        ("equal:0", 9),
+        (",", None),
+    ],
 )
 def test_documents_that_make_no_sense_are_refused(text: str, tokens: int | None):
     with pytest.raises(InvalidInput, match="expected"):

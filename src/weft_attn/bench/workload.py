@@ -79,7 +79,8 @@ def document_lengths(text: str, tokens: int | None) -> tuple[int, ...]:
 
     Args:
         text: "lognormal:N" or "lognormal:N:SEED", N documents of log-normal length; "equal:L", documents of L tokens; lengths
-            separated by commas; or a file of lengths separated by commas or white space.
+            separated by commas; a file of lengths separated by commas or white space; or, with `tokens`, another number N than
+            that: N documents of equal length, to one token.
         tokens: the batch's tokens; None: the sum of the lengths.
 
     Raises:
@@ -99,6 +100,8 @@ def document_lengths(text: str, tokens: int | None) -> tuple[int, ...]:
         lengths = _integers(Path(text).read_text(encoding="utf-8").replace(",", " ").split(), text)
     else:
         lengths = _integers([part for part in text.split(",") if part.strip()], text)
+        if tokens is not None and len(lengths) == 1 and 1 <= lengths[0] < tokens:
+            return tuple(np.diff(np.arange(lengths[0] + 1) * tokens // lengths[0]).tolist())
     require(bool(lengths), "there are documents", expected="at least one length", given=repr(text))
     require(
         tokens is None or sum(lengths) == tokens,

@@ -18,7 +18,8 @@ def simulate(
     world: Annotated[str, typer.Option(help="ranks: 8..1024 doubles from 8 to 1024; or 2,4,8")] = "8..1024",
     tokens: Annotated[int | None, typer.Option(help="tokens of the whole batch")] = None,
     documents: Annotated[
-        str | None, typer.Option(help="lengths: 8192,4096; lognormal:N[:SEED]; equal:L; or a file of lengths")
+        str | None,
+        typer.Option(help="how many, with --tokens; or lengths: 8192,4096; lognormal:N[:SEED]; equal:L; a file of lengths"),
     ] = None,
     per_gpu: Annotated[bool, typer.Option(help="every document is that many times as long as there are ranks")] = False,
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",

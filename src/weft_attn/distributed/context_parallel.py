@@ -401,6 +401,11 @@ class ActiveBatch:
     parallel: ContextParallel
     cu_seqlens: Any
 
+    @property
+    def fewest_rows(self) -> int:
+        """Rows of the rank that has fewest; the same on every rank."""
+        return int(self.parallel._batch(self.cu_seqlens).layout.rank_tokens.min())
+
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> AttentionOutput:
         """`ContextParallel.attention` under this batch; options are its keyword arguments."""
         return self.parallel.attention(q, k, v, self.cu_seqlens, **options)

@@ -22,7 +22,7 @@ def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
     Host reads: the position ids, once; by the first layer where the mask has not seen them.
 
     Raises:
-        Unsupported: a KV cache, a batch size other than 1, padding, a mask that is no causal or sliding-window one.
+        Unsupported: a KV cache, a batch size other than 1, padding, a rank without a row, a mask that is no causal or sliding-window one.
         InvalidInput: the rows or the position ids are not the batch's.
     """
     if asked.rows != asked.keys or asked.row_offset or asked.key_offset:
@@ -34,6 +34,12 @@ def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
         raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {asked.batch}")
     if host_padding(asked) is not None:
         raise Unsupported("a context-parallel batch has no padding: expected attention_mask=None, given one with padding")
+    if batch.fewest_rows == 0:
+        # The rank without rows may have failed before it got here; the others must not wait for it in their first layer.
+        raise Unsupported(
+            "models of transformers fail on empty inputs: expected a batch with a row for each of "
+            f"{batch.parallel.world_size} ranks, given one that leaves a rank without"
+        )
     pattern = recognise(asked.function)
     if pattern is None or pattern.chunk is not None or pattern.right != 0:
         raise Unsupported(

@@ -164,14 +164,17 @@ def to_mask(asked: Asked) -> Mask:
         return Mask(_evaluated(asked), None)
     visible = host_padding(asked)
     shift = asked.row_offset - asked.key_offset
+    one_document = asked.padding is None and pattern.right == 0 and asked.rows == asked.keys and shift == asked.row_offset == 0
     if pattern.packed is None and pattern.chunk is None and visible is None:
         plan = masks.band(asked.batch, asked.rows, asked.keys, shift, pattern.window)
-        one_document = asked.padding is None and pattern.right == 0 and asked.rows == asked.keys and asked.row_offset == 0
-        return Mask(plan, pattern.window, is_plain=True, positions=PositionRule(None) if one_document else None)
+        rule = PositionRule(None, pattern.window) if one_document else None
+        return Mask(plan, pattern.window, is_plain=True, positions=rule)
     segments = _segments(pattern, asked)
     if not all(masks.are_segments(numbers) for numbers in segments):
         return Mask(_evaluated(asked), None)
-    return Mask(masks.segmented_band(*segments, visible, shift, pattern.window), pattern.window)
+    # Chunks count positions of their own.
+    rule = PositionRule(None) if one_document and pattern.packed is None else None
+    return Mask(masks.segmented_band(*segments, visible, shift, pattern.window), pattern.window, positions=rule)
 
 
 def host_padding(asked: Asked) -> BoolArray | None:

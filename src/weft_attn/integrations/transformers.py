@@ -171,7 +171,7 @@ def attention_forward(
         is_causal: read where there is no mask.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents of a batch of one, as for flash attention.
         position_ids: queries and keys are rotated already; looked at where a mask has not seen them (see `positions.py`).
-        use_cache: False inside a context-parallel batch.
+        use_cache: False inside a context-parallel batch, but in training, where the cache is empty and is dropped.
         output_attentions: weights are never formed, True is refused.
 
     Returns:
@@ -200,9 +200,10 @@ def attention_forward(
     if isinstance(attention_mask, PlanMask):
         batch = _checked_batch(attention_mask, sizes, sliding_window, batch)
         if attention_mask.mask.positions is not None and not flash.given:
-            attention_mask.mask.positions.look(position_ids)
+            attention_mask.mask.positions.look(position_ids, sizes[0])
     if batch is not None:
-        if use_cache:
+        # In training nobody reads the cache that a model fills unless told not to.
+        if use_cache and not getattr(module, "training", False):
             raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
         window = _window_in_batch(attention_mask, causal, sliding_window, flash)
         return context_parallel.attend(batch, q, k, v, window, options), None
@@ -282,9 +283,12 @@ def _window_without_mask(causal: bool, sliding_window: int | None) -> Window:
 def _plan(mask: torch.Tensor | None, sizes: Sizes, causal: bool, sliding_window: int | None, flash: PackedKwargs) -> Plan:
     batch, rows, keys = sizes
     if isinstance(mask, PlanMask):
-        plan = mask.mask.plan
+        if flash.given:
+            return _packed_plan(flash, sizes, mask.mask)
+        shown = mask.mask.positions
+        plan = mask.mask.plan if shown is None or shown.packed is None else shown.packed
         assert plan is not None
-        return _packed_plan(flash, sizes, mask.mask) if flash.given else plan
+        return plan
     if mask is not None:
         if flash.given:
             raise Unsupported("documents are in the mask or in cu_seq_lens: expected one of them, given both")
