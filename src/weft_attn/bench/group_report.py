@@ -81,8 +81,7 @@ def render_predictions(predictions: Sequence[Prediction], hardware: Hardware) ->
             str(one.groups),
         )
         for pass_name, time in (("forward", one.forward), ("backward", one.backward)):
-            cells = [] if time is None else time_cells(time)
-            times.add_row(str(one.workload.world_size), pass_name, *cells, end_section=pass_name == "backward")
+            times.add_row(str(one.workload.world_size), pass_name, *time_cells(time), end_section=pass_name == "backward")
     return Group(work, times, *(Text(line, style="dim") for line in sources(hardware)))
 
 
@@ -107,7 +106,7 @@ def sources(hardware: Hardware) -> list[str]:
     if not rates.links_of(REDUCE_SCATTER):
         lines.append(f"  {REDUCE_SCATTER}: not measured, taken as {ALL_GATHER}'s")
     if hardware.network is None:
-        lines.append("  between nodes of 8: not known, so no times there; --link-gbps says it")
+        lines.append("  between nodes of 8: taken to be as fast as inside one; --link-gbps says what your network does")
     else:
         lines.append(f"  between nodes of 8: {hardware.network:g} GB/s per GPU and direction, as given")
     return lines

@@ -45,7 +45,7 @@ class Hardware:
     """Rates of the GPUs and of NVLink, and the network between nodes.
 
     Attributes:
-        network: GB/s per GPU and direction between nodes of 8 GPUs; None: not known, so nothing is said of times there.
+        network: GB/s per GPU and direction between nodes of 8 GPUs; None: every link is taken to be as fast as the measured ones.
     """
 
     rates: Rates
@@ -60,15 +60,10 @@ class Hardware:
             return 0.0
         received = share_bytes * (world_size - 1)
         inside = received / self.rates.link_bytes_per_ms(operation, received)
-        if world_size <= GPUS_PER_NODE:
+        if world_size <= GPUS_PER_NODE or self.network is None:
             return inside
-        assert self.network is not None
         nodes = world_size // GPUS_PER_NODE
         return max(inside, share_bytes * (nodes - 1) / (self.network * 1e6))
-
-    def knows(self, world_size: int) -> bool:
-        """Whether there is a rate for every link of a group of this size."""
-        return world_size <= GPUS_PER_NODE or self.network is not None
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ class Prediction:
         balance: most pairs of a rank over the mean.
         gathered_bytes: received by a rank in the forward; backward_bytes: received in the backward, gathers and reductions.
         memory_bytes: extra memory of the worst moment; groups: groups of KV heads.
-        forward, backward: None where no rate is known for the links between nodes.
+        forward, backward: times of the passes.
     """
 
     workload: Workload
@@ -115,8 +110,8 @@ class Prediction:
     backward_bytes: int
     memory_bytes: int
     groups: int
-    forward: PassTime | None
-    backward: PassTime | None
+    forward: PassTime
+    backward: PassTime
 
 
 def overlapped_forward_ms(groups: int, kernels_ms: float, gather_ms: float) -> float:
@@ -141,14 +136,12 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         InvalidInput: the cap of the gathered bytes holds not one KV head.
     """
     model, world_size = workload.model, workload.world_size
-    _require_rates(workload, hardware.rates)
+    _require_rates(workload, hardware)
     tokens, pairs = work_by_rank(workload)
     memory = _memory(workload, int(tokens.max()))
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
-    forward = backward = None
-    if hardware.knows(world_size):
-        forward, backward = _times(workload, hardware, tokens, pairs, memory.groups, *shares)
+    forward, backward = _times(workload, hardware, tokens, pairs, memory.groups, *shares)
     return Prediction(
         workload=workload,
         rank_tokens=int(tokens.max()),
@@ -230,7 +223,8 @@ def kernels_ms(workload: Workload, rates: Rates, pass_name: str, tokens: IntArra
     return flops / tflops * 1e-9
 
 
-def _require_rates(workload: Workload, rates: Rates) -> None:
+def _require_rates(workload: Workload, hardware: Hardware) -> None:
+    rates = hardware.rates
     model, world_size = workload.model, workload.world_size
     require(
         (model.head_dim, model.dtype_name) == (rates.head_dim, rates.dtype_name),
@@ -240,7 +234,7 @@ def _require_rates(workload: Workload, rates: Rates) -> None:
         error=Unsupported,
     )
     require(
-        world_size <= GPUS_PER_NODE or world_size % GPUS_PER_NODE == 0,
+        hardware.network is None or world_size <= GPUS_PER_NODE or world_size % GPUS_PER_NODE == 0,
         "ranks fill whole nodes",
         expected=f"at most {GPUS_PER_NODE} ranks or a multiple of it",
         given=world_size,
@@ -301,8 +295,6 @@ def check_records(records: Sequence[GroupRecord], hardware: Hardware) -> list[Ch
         if record.workload is None or record.milliseconds is None or record.peer not in PREDICTED:
             continue
         prediction = predict(record.workload, hardware)
-        if prediction.forward is None or prediction.backward is None:
-            continue
         part = PREDICTED[record.peer]
         milliseconds = part(prediction.forward) + (part(prediction.backward) if record.pass_name == BOTH else 0.0)
         found.append(Checked(record, milliseconds))
