@@ -145,9 +145,10 @@ def _produce(p, memory):
     step = 0
     turn = 0
     number = gl.program_id(0)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, kv_head = schedule.item_and_head(number)
-        number = schedule.take(turn)
+        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
@@ -159,6 +160,8 @@ def _produce(p, memory):
             memory.v.load(turn * CONSUMERS + consumer, p.v_desc, row + consumer * ROWS, kv_head * p.stride_vh)
         first_head = kv_head * p.GROUP
         step = _load_stream(p, memory, step, first_head, edge_run, edge_tiles)
+        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
+        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = _load_stream(p, memory, step, first_head, interior_run, interior_tiles)
         turn += 1
     schedule.finish()
@@ -217,15 +220,18 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     zero = p.zero
     acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
     row_layout: gl.constexpr = gl.SliceLayout(1, product_layout(p.BLOCK_Q))
-    number = gl.program_id(0)
+    schedule.hear(turn)
+    number = schedule.number(turn)
     while schedule.exists(number):
-        item, kv_head = schedule.item_and_head(number)
-        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
-        first_row = gl.load(item_ptr + layout.ITEM_ROW) + CONSUMER * ROWS
-        n_rows = gl.load(item_ptr + layout.ITEM_N_ROWS) - CONSUMER * ROWS
-        run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
-        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        _item, kv_head = schedule.item_and_head(number)
+        first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
+        edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
+        interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
+        col = schedule.run_field(turn, layout.RUN_COL)
+        left = schedule.run_field(turn, layout.RUN_N_TILES)
+        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
@@ -233,7 +239,6 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         memory.k.wait(kv_step)
         memory.v.wait(kv_step)
 
-        col, left = first_tile(p.runs_ptr, run)
         for _ in range(edge_tiles):
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             for _member in range(p.GROUP):
@@ -259,8 +264,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         dk_ptr = p.dk_ptr + wide_head * p.stride_dkh
         write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows, acc_layout)
         write_rows(p.dv_ptr + wide_head * p.stride_dvh, p.stride_dvt, dv_acc, first_row, n_rows, acc_layout)
-        number = schedule.hear(turn)
         turn += 1
+        schedule.hear(turn)
+        number = schedule.number(turn)
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)

@@ -110,9 +110,10 @@ def _produce(p, memory):
     step = 0
     turn = 0
     number = gl.program_id(0)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, head = schedule.item_and_head(number)
-        number = schedule.take(turn)
+        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
@@ -124,6 +125,8 @@ def _produce(p, memory):
             memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
         kv_head = head // p.GROUP
         step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
+        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
         turn += 1
     schedule.finish()
@@ -168,15 +171,18 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
     scores_layout: gl.constexpr = product_layout(p.BLOCK_K)
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
-    number = gl.program_id(0)
+    schedule.hear(turn)
+    number = schedule.number(turn)
     while schedule.exists(number):
-        item, head = schedule.item_and_head(number)
-        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
-        first_row = gl.load(item_ptr + layout.ITEM_ROW) + CONSUMER * ROWS
-        n_rows = gl.load(item_ptr + layout.ITEM_N_ROWS) - CONSUMER * ROWS
-        run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
-        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        _item, head = schedule.item_and_head(number)
+        first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
+        edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
+        interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
+        col = schedule.run_field(turn, layout.RUN_COL)
+        left = schedule.run_field(turn, layout.RUN_N_TILES)
+        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows
         stats = head.to(gl.int64) * p.stride_stats_h + rows
@@ -189,7 +195,6 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         dout_operand = memory.dout.wait(q_step).load(operand_layout)
         memory.dout.release(q_step)
 
-        col, left = first_tile(p.runs_ptr, run)
         for _ in range(edge_tiles):
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             if col_stop - col < p.BLOCK_K:
@@ -206,8 +211,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
 
         dq_ptr = p.dq_ptr + head.to(gl.int64) * p.stride_dqh
         write_rows(dq_ptr, p.stride_dqt, dq_acc * p.softmax_scale, first_row, n_rows, acc_layout)
-        number = schedule.hear(turn)
         turn += 1
+        schedule.hear(turn)
+        number = schedule.number(turn)
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)

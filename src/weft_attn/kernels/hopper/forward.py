@@ -29,7 +29,7 @@ from weft_attn.kernels.hopper.tiles import BY_ROWS, CONSUMERS, ROWS, agree, as_o
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, interval_in_slice, next_tile
 
 
 @aggregate
@@ -128,9 +128,10 @@ def _produce(p, memory):
     step = 0
     turn = 0
     number = gl.program_id(0)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, head = schedule.item_and_head(number)
-        number = schedule.take(turn)
+        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
@@ -141,6 +142,8 @@ def _produce(p, memory):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
         kv_head = head // p.GROUP
         step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
+        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
         turn += 1
     schedule.finish()
@@ -217,15 +220,24 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     cleaned = 0
     row_layout: gl.constexpr = gl.SliceLayout(1, p.scores_layout)
     turn = 0
-    number = gl.program_id(0)
+    schedule.hear(turn)
+    number = schedule.number(turn)
     while schedule.exists(number):
-        item, head = schedule.item_and_head(number)
-        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
-        first_row = gl.load(item_ptr + layout.ITEM_ROW) + CONSUMER * ROWS
-        n_rows = gl.load(item_ptr + layout.ITEM_N_ROWS) - CONSUMER * ROWS
-        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
-        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        _item, head = schedule.item_and_head(number)
+        first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        edge_run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
+        edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
+        interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
+        col = schedule.run_field(turn, layout.RUN_COL)
+        left = schedule.run_field(turn, layout.RUN_N_TILES)
+        row_start = schedule.run_field(turn, layout.RUN_ROW_START)
+        row_len = schedule.run_field(turn, layout.RUN_ROW_LEN)
+        col_start = schedule.run_field(turn, layout.RUN_COL_START)
+        col_len = schedule.run_field(turn, layout.RUN_COL_LEN)
+        lo = schedule.run_field(turn, layout.RUN_LO)
+        hi = schedule.run_field(turn, layout.RUN_HI)
+        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         row_sum = gl.zeros([ROWS], gl.float32, row_layout)
@@ -244,8 +256,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             scores = warpgroup_mma_wait(0, deps=[scores])
             memory.k.release(step)
             is_edge = edge_tiles > 0
-            col, left = first_tile(p.runs_ptr, edge_run)
-            first, stop, col_stop = interval_in_run(p.runs_ptr + edge_run * layout.RUN_WIDTH, rows)
+            first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
             first = gl.where(is_edge, first, col)
             stop = gl.where(is_edge, stop, col + p.BLOCK_K)
             weights, row_max, row_sum, _ = _softmax(p, scores, row_max, row_sum, first, stop, col, True)
@@ -272,8 +283,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             # The result left through q's memory.
             tma.store_wait(pendings=0)
             memory.q.release(q_step)
-        number = schedule.hear(turn)
         turn += 1
+        schedule.hear(turn)
+        number = schedule.number(turn)
     tma.store_wait(pendings=0)
 
 

@@ -1,7 +1,7 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
 The list is in the order of `kernels/triton/tiles.py: program_item_and_head`. A program begins with its own number in it and then
-takes numbers from a counter in global memory; only the producer asks, a turn ahead, and tells the other warps. The last program
+takes numbers from a counter in global memory; only the producer asks, a turn ahead, and tells the other warps, with the rows of the tables that they begin with. The last program
 to finish sets the counter back to zero for the next launch. Who works on what changes no result.
 """
 
@@ -10,9 +10,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from weft_attn.kernels.hopper.compat import aggregate
+from weft_attn.kernels.triton import layout
 
-# Numbers on their way to the consumers.
+# Turns on their way to the consumers.
 SLOTS = gl.constexpr(2)
+# int32 that a turn is told in, with room to a power of two.
+RECORD = gl.constexpr(32)
+ONE_A_LANE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # int32 of the counter: numbers taken, programs done.
 COUNTER_SIZE = 2
 
@@ -23,7 +27,7 @@ class Schedule:
 
     Attributes:
         counter_ptr: COUNTER_SIZE int32, zero between launches.
-        numbers: (SLOTS, 1) int32.
+        records: (SLOTS, RECORD) int32: the number (as often as an item has fields), the item's row of its table, its first edge run.
         full, empty: (SLOTS, 1) barriers.
     """
 
@@ -31,15 +35,15 @@ class Schedule:
     n_items: gl.tensor
     n_heads: gl.tensor
     heads_per_wave: gl.tensor
-    numbers: gl.shared_memory_descriptor
+    records: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, numbers, full, empty):
+    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, records, full, empty):
         self.counter_ptr = counter_ptr
         self.n_items, self.n_heads, self.heads_per_wave = n_items, n_heads, heads_per_wave
-        self.numbers, self.full, self.empty = numbers, full, empty
+        self.records, self.full, self.empty = records, full, empty
 
     @gluon.jit
     def exists(self, number):
@@ -55,25 +59,52 @@ class Schedule:
         return within // heads, first_head + within % heads
 
     @gluon.jit
-    def take(self, turn):
-        """Producer: take the number of turn + 1 and tell the consumers."""
-        number = gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
+    def take(self):
+        """Producer: the next number of the list."""
+        return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
+
+    @gluon.jit
+    def tell(self, turn, number, items_ptr, runs_ptr):
+        """Producer: tell the consumers what `turn` works on: the number, its item and its first edge run, which they would wait for."""
         slot = turn % SLOTS
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
-        one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        self.numbers.index(slot).store(gl.full([1], 0, gl.int32, one) + number)
+        record = self.records.index(slot)
+        fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
+        record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
+        if self.exists(number):
+            item, _ = self.item_and_head(number)
+            item_ptr = items_ptr + item * layout.ITEM_WIDTH
+            run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
+            record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
+            record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
         mbarrier.arrive(self.full.index(slot), count=1)
-        return number
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: the number of turn + 1."""
-        slot = turn % SLOTS
-        mbarrier.wait(self.full.index(slot), (turn // SLOTS) & 1)
-        one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        number = gl.max(self.numbers.index(slot).load(one), 0)
-        mbarrier.arrive(self.empty.index(slot), count=1)
-        return number
+        """Consumer: wait for what the producer tells of `turn`; `number`, `item_field` and `run_field` read it, then `heard`."""
+        mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
+
+    @gluon.jit
+    def number(self, turn):
+        return self._read(turn, 0)
+
+    @gluon.jit
+    def item_field(self, turn, FIELD: gl.constexpr):
+        return self._read(turn, layout.ITEM_WIDTH + FIELD)
+
+    @gluon.jit
+    def run_field(self, turn, FIELD: gl.constexpr):
+        """A field of the item's first edge run."""
+        return self._read(turn, 2 * layout.ITEM_WIDTH + FIELD)
+
+    @gluon.jit
+    def _read(self, turn, AT: gl.constexpr):
+        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(ONE_A_LANE), 0)
+
+    @gluon.jit
+    def heard(self, turn):
+        """Consumer: done with what was told of `turn`."""
+        mbarrier.arrive(self.empty.index(turn % SLOTS), count=1)
 
     @gluon.jit
     def finish(self):
@@ -86,10 +117,10 @@ class Schedule:
 
 @gluon.jit
 def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, CONSUMERS: gl.constexpr):
-    numbers = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, numbers, full, empty)
+    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, records, full, empty)

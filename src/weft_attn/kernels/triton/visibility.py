@@ -23,12 +23,22 @@ def visible_interval(row, col_len, lo, hi):
 @triton.jit
 def interval_in_run(run_ptr, rows):
     """Absolute columns [first, stop) that absolute `rows` see under an edge run's slice, and the slice's end column."""
-    row_start = tl.load(run_ptr + layout.RUN_ROW_START)
-    row_len = tl.load(run_ptr + layout.RUN_ROW_LEN)
-    col_start = tl.load(run_ptr + layout.RUN_COL_START)
-    col_len = tl.load(run_ptr + layout.RUN_COL_LEN)
+    return interval_in_slice(
+        rows,
+        tl.load(run_ptr + layout.RUN_ROW_START),
+        tl.load(run_ptr + layout.RUN_ROW_LEN),
+        tl.load(run_ptr + layout.RUN_COL_START),
+        tl.load(run_ptr + layout.RUN_COL_LEN),
+        tl.load(run_ptr + layout.RUN_LO),
+        tl.load(run_ptr + layout.RUN_HI),
+    )
+
+
+@triton.jit
+def interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi):
+    """As `interval_in_run`, the slice's numbers in hand."""
     inside = rows - row_start
-    first, stop = visible_interval(inside, col_len, tl.load(run_ptr + layout.RUN_LO), tl.load(run_ptr + layout.RUN_HI))
+    first, stop = visible_interval(inside, col_len, lo, hi)
     # An item may hold rows of other slices: they see nothing of this one.
     stop = tl.where((inside >= 0) & (inside < row_len), stop, 0)
     return col_start + first, col_start + stop, col_start + col_len
