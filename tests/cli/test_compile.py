@@ -18,11 +18,21 @@ from weft_attn.kernels import matrix
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.matrix import Outcome, Variant, compile_variant, variants
 from weft_attn.kernels.offline import compile_call
-from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig
+from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig, HopperConfig, HopperForwardConfig
 from weft_attn.launch.device import TARGETS, target
 from weft_attn.launch.select import tables
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+HOPPER = Variant(
+    "sm_90",
+    "hopper_forward",
+    "",
+    HopperForwardConfig(block_k=128, num_warps=4, num_stages=2),
+    128,
+    torch.bfloat16,
+    False,
+    False,
+)
 FORWARD = Variant(
     "sm_80",
     "forward",
@@ -72,9 +82,11 @@ def test_every_row_of_a_targets_tables_is_compiled(arch: str) -> None:
 
 def test_variants_cover_kernels_dtypes_features_and_ragged_heads() -> None:
     found = variants(["sm_80"])
-    assert {v.kernel for v in found} == set(CONFIGS)
+    portable = {kernel for kernel, config in CONFIGS.items() if not issubclass(config, HopperConfig)}
+    assert {v.kernel for v in found} == portable
+    assert {v.kernel for v in variants(["sm_90"])} == set(CONFIGS)
     assert {v.dtype for v in found} == {torch.bfloat16, torch.float16, torch.float32}
-    for kernel in CONFIGS:
+    for kernel in portable:
         of_kernel = [v for v in found if v.kernel == kernel]
         assert {v.all_features for v in of_kernel} == {False, True}
         assert any(v.head_dim & (v.head_dim - 1) for v in of_kernel)
@@ -97,6 +109,7 @@ def test_only_what_the_target_holds_is_compiled() -> None:
         (Outcome(FORWARD, shared_memory=target("sm_80").shared_memory + 1), "bytes of shared memory of 166912"),
         (Outcome(FORWARD, shared_memory=Outcome(FORWARD).shared_memory_bound + 1), "computed bound"),
         (Outcome(FORWARD, atomics=2), "2 atomics"),
+        (Outcome(HOPPER, atomics=3), "3 atomics, expected at most 2"),
     ],
 )
 def test_each_fault_is_found(outcome: Outcome, fault: str) -> None:
@@ -167,3 +180,10 @@ def test_an_interpreting_triton_is_refused(weft: Callable[..., subprocess.Comple
     done = weft("compile", "--quick", "--arch", "sm_80", interpret=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_a_persistent_grid_counts_with_its_two_atomics_and_no_more() -> None:
+    outcome = compile_variant(HOPPER)
+    assert outcome.error == ""
+    assert outcome.atomics == 2
+    assert outcome.faults(MAX_SPILL) == []
