@@ -23,11 +23,21 @@ from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.schedule import Schedule, make_schedule
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, as_operand, clean_half, head_box, product_layout, write_rows
+from weft_attn.kernels.hopper.tiles import (
+    CONSUMERS,
+    ROWS,
+    agree,
+    as_operand,
+    clean_half,
+    head_box,
+    load_keys_and_values,
+    product_layout,
+    write_rows,
+)
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
 
 
 @aggregate
@@ -93,18 +103,6 @@ class Memory:
 
 
 @gluon.jit
-def _load_stream(p, memory, step, kv_head, run, n_tiles):
-    """Ask for the key and value tiles of one stream."""
-    col, left = first_tile(p.runs_ptr, run)
-    for _ in range(n_tiles):
-        memory.k.load(step, p.k_desc, col, kv_head * p.stride_kh)
-        memory.v.load(step, p.v_desc, col, kv_head * p.stride_vh)
-        step += 1
-        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
-    return step
-
-
-@gluon.jit
 def _produce(p, memory):
     schedule = memory.schedule
     step = 0
@@ -124,10 +122,10 @@ def _produce(p, memory):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
             memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
         kv_head = head // p.GROUP
-        step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
         # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
         schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
-        step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
+        step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
         turn += 1
     schedule.finish()
 

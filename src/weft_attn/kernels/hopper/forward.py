@@ -25,11 +25,21 @@ from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
 from weft_attn.kernels.hopper.schedule import Schedule, make_schedule
-from weft_attn.kernels.hopper.tiles import BY_ROWS, CONSUMERS, ROWS, agree, as_operand, clean_half, head_box, product_layout
+from weft_attn.kernels.hopper.tiles import (
+    BY_ROWS,
+    CONSUMERS,
+    ROWS,
+    agree,
+    as_operand,
+    clean_half,
+    head_box,
+    load_keys_and_values,
+    product_layout,
+)
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, interval_in_slice, next_tile
+from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_slice, next_tile
 
 
 @aggregate
@@ -109,20 +119,6 @@ class Memory:
 
 
 @gluon.jit
-def _load_stream(p, memory, step, kv_head, run, n_tiles):
-    """Ask for the key and value tiles of one stream."""
-    k_column = kv_head * p.stride_kh
-    v_column = kv_head * p.stride_vh
-    col, left = first_tile(p.runs_ptr, run)
-    for _ in range(n_tiles):
-        memory.k.load(step, p.k_desc, col, k_column)
-        memory.v.load(step, p.v_desc, col, v_column)
-        step += 1
-        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
-    return step
-
-
-@gluon.jit
 def _produce(p, memory):
     schedule = memory.schedule
     step = 0
@@ -141,10 +137,10 @@ def _produce(p, memory):
         for consumer in gl.static_range(CONSUMERS):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
         kv_head = head // p.GROUP
-        step = _load_stream(p, memory, step, kv_head, edge_run, edge_tiles)
+        step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
         # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
         schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
-        step = _load_stream(p, memory, step, kv_head, interior_run, interior_tiles)
+        step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
         turn += 1
     schedule.finish()
 

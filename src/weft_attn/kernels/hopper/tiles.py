@@ -6,6 +6,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from weft_attn.kernels.triton.visibility import first_tile, next_tile
+
 CONSUMERS = gl.constexpr(2)
 # Rows of a consumer: what one warp group multiplies at a time.
 ROWS = gl.constexpr(64)
@@ -59,6 +61,20 @@ def agree(barrier, times):
     fence_async_shared()
     mbarrier.arrive(barrier, count=1)
     mbarrier.wait(barrier, times & 1)
+
+
+@gluon.jit
+def load_keys_and_values(p, memory, step, kv_head, run, n_tiles):
+    """Producer: ask for the key and value tiles of one stream, into `memory.k` and `memory.v`; the step after them."""
+    k_column = kv_head * p.stride_kh
+    v_column = kv_head * p.stride_vh
+    col, left = first_tile(p.runs_ptr, run)
+    for _ in range(n_tiles):
+        memory.k.load(step, p.k_desc, col, k_column)
+        memory.v.load(step, p.v_desc, col, v_column)
+        step += 1
+        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+    return step
 
 
 @gluon.jit
