@@ -84,6 +84,7 @@ class Outcome:
     spilled_bytes: int = 0
     shared_memory: int = 0
     atomics: int = 0
+    undefined_reads: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -105,6 +106,10 @@ class Outcome:
             found.append(f"needs {self.shared_memory} bytes of shared memory, computed bound {self.shared_memory_bound}")
         if self.atomics > allowed_atomics(self.variant.config):
             found.append(f"holds {self.atomics} atomics, expected at most {allowed_atomics(self.variant.config)}")
+        if self.undefined_reads:
+            found.append(
+                f"reads undefined registers in {len(self.undefined_reads)} places, the first: {self.undefined_reads[0]}"
+            )
         return found
 
 
@@ -320,7 +325,9 @@ def compile_variant(variant: Variant) -> Outcome:
         compiled = compile_call(call_of(variant), variant.arch)
     except Exception as error:  # noqa: BLE001 (Triton, LLVM and assemblers raise what they like; it is the outcome)
         return Outcome(variant, error=_in_a_line(error))
-    return Outcome(variant, compiled.registers, compiled.spilled_bytes, compiled.shared_memory, compiled.atomics)
+    return Outcome(
+        variant, compiled.registers, compiled.spilled_bytes, compiled.shared_memory, compiled.atomics, compiled.undefined_reads
+    )
 
 
 def _in_a_line(error: BaseException) -> str:

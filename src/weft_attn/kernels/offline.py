@@ -6,7 +6,7 @@ Tensors of the call may be on the meta device: only dtypes, alignments and strid
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from weft_attn.kernels.call import KernelCall, is_descriptor
+from weft_attn.kernels.machine_code import disassemble, undefined_reads
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -30,6 +31,7 @@ class Compiled:
         shared_memory: bytes of shared memory a program uses.
         atomics: atomic or reduction instructions in the machine code.
         assembly: the target's assembly text.
+        undefined_reads: instructions of a warp-specialised kernel that read what a path leaves unwritten (machine_code.py).
     """
 
     registers: int | None
@@ -37,6 +39,7 @@ class Compiled:
     shared_memory: int
     atomics: int
     assembly: str
+    undefined_reads: tuple[str, ...] = ()
 
 
 def gpu_target(arch: str) -> GPUTarget:
@@ -66,7 +69,10 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
     source = language(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=gpu_target(arch), options=call.options)
     if arch.startswith("sm_"):
-        return _nvidia_report(compiled)
+        report = _nvidia_report(compiled)
+        if call.kernel.is_gluon():
+            report = replace(report, undefined_reads=tuple(undefined_reads(disassemble(compiled.asm["cubin"]))))
+        return report
     return _amd_report(compiled)
 
 
