@@ -39,7 +39,7 @@ def attention(
         softmax_scale: multiplies q.k; None: D ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); 0: none.
         sinks: (Hq,) logits that join each row's denominator, differentiable; None: none.
-        deterministic: ask for bitwise repeatable gradients. The portable kernels always are.
+        deterministic: ask for bitwise repeatable gradients. Those of today's kernels always are.
         return_lse: also return the log-sum-exp of each row.
 
     Returns:

@@ -1,8 +1,9 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
 The list is in the order of `kernels/triton/tiles.py: program_item_and_head`. A program begins with its own number in it and then
-takes numbers from a counter in global memory; only the producer asks, a turn ahead, and tells the other warps, with the rows of the tables that they begin with. The last program
-to finish sets the counter back to zero for the next launch. Who works on what changes no result.
+takes numbers from a counter in global memory; only the producer asks, a turn ahead, and tells the other warps, with the rows of
+the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
+changes no result.
 """
 
 from triton.experimental import gluon
