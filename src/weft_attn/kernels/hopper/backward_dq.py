@@ -37,7 +37,7 @@ from weft_attn.kernels.hopper.tiles import (
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_slice, next_tile
 
 
 @aggregate
@@ -180,6 +180,12 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
         col = schedule.run_field(turn, layout.RUN_COL)
         left = schedule.run_field(turn, layout.RUN_N_TILES)
+        row_start = schedule.run_field(turn, layout.RUN_ROW_START)
+        row_len = schedule.run_field(turn, layout.RUN_ROW_LEN)
+        col_start = schedule.run_field(turn, layout.RUN_COL_START)
+        col_len = schedule.run_field(turn, layout.RUN_COL_LEN)
+        lo = schedule.run_field(turn, layout.RUN_LO)
+        hi = schedule.run_field(turn, layout.RUN_HI)
         schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows
@@ -189,11 +195,25 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         dq_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         q_step = turn * CONSUMERS + CONSUMER
         q_operand = memory.q.wait(q_step).load(operand_layout)
-        memory.q.release(q_step)
         dout_operand = memory.dout.wait(q_step).load(operand_layout)
+        is_edge = edge_tiles > 0
+        if edge_tiles + interior_tiles > 0:
+            # The item's first tile. In an interior tile every row sees every column.
+            first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
+            first = gl.where(is_edge, first, col)
+            stop = gl.where(is_edge, stop, col + p.BLOCK_K)
+            if is_edge & (col_stop - col < p.BLOCK_K):
+                clean_half(memory.k.wait(step), col_stop - col, CONSUMER)
+                agree(memory.cleaned, cleaned)
+                cleaned += 1
+            dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, first, stop, col, True)
+            step += 1
+            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
+        # Not before: only products that have used the registers say that what was read from shared memory has come.
+        memory.q.release(q_step)
         memory.dout.release(q_step)
 
-        for _ in range(edge_tiles):
+        for _ in range(gl.maximum(edge_tiles - 1, 0)):
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             if col_stop - col < p.BLOCK_K:
                 # A hidden NaN of v reaches only products that are masked.
@@ -203,7 +223,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, first, stop, col, True)
             step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
-        for _ in range(interior_tiles):
+        for _ in range(gl.where(is_edge, interior_tiles, interior_tiles - 1)):
             dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, rows, rows, 0, False)
             step += 1
 

@@ -242,7 +242,6 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         q_tile = memory.q.wait(q_step)
         if p.Q_IN_REGISTERS:
             q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2))
-            memory.q.release(q_step)
         else:
             q_operand = q_tile
         if edge_tiles + interior_tiles > 0:
@@ -250,6 +249,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
             scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=[scores])
+            if p.Q_IN_REGISTERS:
+                # Not before: only a product that has used the registers says that what was read from shared memory has come.
+                memory.q.release(q_step)
             memory.k.release(step)
             is_edge = edge_tiles > 0
             first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
@@ -274,6 +276,8 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             acc = warpgroup_mma(weights, memory.v.wait(step - 1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             memory.v.release(step - 1)
+        elif p.Q_IN_REGISTERS:
+            memory.q.release(q_step)
         _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER)
         if not p.Q_IN_REGISTERS:
             # The result left through q's memory.
