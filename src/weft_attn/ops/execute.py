@@ -342,7 +342,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             from weft_attn.kernels.hopper.backward_dkdv import hopper_backward_dkdv_call
 
             copies, persistent = SHIFTED_COPIES, True
-            steps.append(Step(lambda t: hopper_backward_dkdv_call(**shared(t, dkdv), **of_grid(t), dk=t["dk"], dv=t["dv"])))
+            steps.append(Step(lambda t: hopper_backward_dkdv_call(**shared(t, dkdv), **of_grid(t), dk=t["dk"], dv=t["dv"], dq_sum=None)))
         else:
             copies = SHIFTED_COPIES if dkdv.config.use_tma else 1
             steps.append(Step(lambda t: backward_dkdv_call(**shared(t, dkdv), dk=t["dk"], dv=t["dv"])))

@@ -41,12 +41,15 @@ class Tiling:
         block_cols: columns of a tile.
         max_tiles: tiles of an item at most; longer items are split and their parts combined. None: never split.
         transposed: rows are keys and columns are queries (dK/dV).
+        masks_ragged: items with fewer rows than a tile have edge tiles only, for a kernel whose rows beyond the item's would reach
+            more than results that nobody writes.
     """
 
     rows_per_tile: int
     block_cols: int
     max_tiles: int | None = None
     transposed: bool = False
+    masks_ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,8 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     # Rows that see nothing at either end of the tile must not stretch the union.
     some_first = np.clip(top[0], 0, k_len)
     some_stop = np.clip(bottom[1], 0, k_len)
-    covers = row_last - row_first + 1 == tiles[tile, 1] - tiles[tile, 0]
+    tile_size = tiles[tile, 1] - tiles[tile, 0]
+    covers = row_last - row_first + 1 == (tiling.rows_per_tile if tiling.masks_ragged else tile_size)
     all_first, all_stop = bottom[0], np.where(covers, top[1], 0)
 
     n_cols = np.maximum(0, some_stop - some_first)

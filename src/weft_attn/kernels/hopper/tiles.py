@@ -30,6 +30,13 @@ def vector_box(x: torch.Tensor, length: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [length], shared)
 
 
+def sum_box(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Boxes of a contiguous (heads, tokens, dim) float32 tensor as (heads * tokens, dim)."""
+    heads, tokens, dim = x.shape
+    shared = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float32)
+    return TensorDescriptor(x, [heads * tokens, dim], [dim, 1], [rows, columns], shared)
+
+
 @gluon.constexpr_function
 def product_layout(columns):
     """Registers of a warp group that hold a (64, columns) product."""
@@ -43,16 +50,18 @@ def as_operand(tile, dtype: gl.constexpr, product: gl.constexpr):
 
 
 @gluon.jit
-def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
-    """Zero a consumer's half of the rows of a streamed tile from the n_valid-th on.
+def clean_rows(tile, n_valid):
+    """Zero the rows of a tile from the n_valid-th on: they are another slice's or a buffer's padding, and zero times NaN is NaN."""
+    rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, BY_ROWS))
+    values = tile.load(BY_ROWS)
+    tile.store(gl.where((rows < n_valid)[:, None], values, gl.zeros_like(values)))
 
-    They are another slice's or a buffer's padding, and zero times NaN is NaN. `agree` before the tile is read.
-    """
+
+@gluon.jit
+def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
+    """As `clean_rows`, a consumer's half of a streamed tile. `agree` before the tile is read."""
     HALF: gl.constexpr = tile.shape[0] // CONSUMERS
-    half = tile.slice(CONSUMER * HALF, HALF, dim=0)
-    rows = CONSUMER * HALF + gl.arange(0, HALF, gl.SliceLayout(1, BY_ROWS))
-    values = half.load(BY_ROWS)
-    half.store(gl.where((rows < n_valid)[:, None], values, gl.zeros_like(values)))
+    clean_rows(tile.slice(CONSUMER * HALF, HALF, dim=0), n_valid - CONSUMER * HALF)
 
 
 @gluon.jit

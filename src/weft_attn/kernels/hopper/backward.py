@@ -1,0 +1,181 @@
+"""Backward on Hopper by keys: the kernel, which computes dK and dV, or with dq_sum dQ too.
+
+A producer warp group feeds two consumers that own 64 keys of one KV head each (by_keys.py): backward_dkdv.py or backward_fused.py. q, dout
+(Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in
+their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order. Deterministic
+without dq_sum.
+"""
+
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
+from weft_attn.kernels.hopper.backward_fused import consume_for_all, dq_columns, make_exchange
+from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
+from weft_attn.kernels.hopper.schedule import make_schedule
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, sum_box, vector_box
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.forward import score_scales
+
+
+@gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
+def hopper_backward_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    dout_desc,
+    dq_sum_desc,
+    lse_log2_desc,
+    delta_desc,
+    dk_ptr,
+    dv_ptr,
+    items_ptr,
+    runs_ptr,
+    stride_qh,
+    stride_kh,
+    stride_vh,
+    stride_doh,
+    stride_dkt,
+    stride_dkh,
+    stride_dvt,
+    stride_dvh,
+    stride_stats_copy,
+    stride_stats_h,
+    n_items,
+    n_heads,
+    heads_per_wave,
+    counter_ptr,
+    zero,
+    softmax_scale,
+    inner_scale,
+    outer_scale,
+    GROUP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    LAYOUT_DIGEST: gl.constexpr,
+):
+    # An integer that is 1 comes as a constant.
+    p = Problem(
+        q_desc, k_desc, v_desc, dout_desc, lse_log2_desc, delta_desc, dk_ptr, dv_ptr, items_ptr, runs_ptr,
+        gl.to_tensor(stride_qh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh), gl.to_tensor(stride_doh),
+        gl.to_tensor(stride_dkt), gl.to_tensor(stride_dkh), gl.to_tensor(stride_dvt), gl.to_tensor(stride_dvh),
+        gl.to_tensor(stride_stats_copy), gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
+        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
+    )  # fmt: skip
+    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
+    if dq_sum_desc is None:
+        memory = make_memory(p, schedule, STAGES, 1)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (produce, (p, memory)),
+                (consume_for_dkdv, (p, memory, gl.constexpr(0))),
+                (consume_for_dkdv, (p, memory, gl.constexpr(1))),
+            ],
+            [4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        )
+    else:
+        memory = make_memory(p, schedule, STAGES, CONSUMERS)
+        exchange = make_exchange(p, dq_sum_desc)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (produce, (p, memory)),
+                (consume_for_all, (p, memory, exchange, gl.constexpr(0))),
+                (consume_for_all, (p, memory, exchange, gl.constexpr(1))),
+            ],
+            [4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        )
+
+
+def hopper_backward_call(
+    *,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    dq_sum: torch.Tensor | None,
+    items: torch.Tensor,
+    runs: torch.Tensor,
+    n_items: int,
+    heads_per_wave: int,
+    counter: torch.Tensor,
+    softmax_scale: float,
+    softcap: float,
+    multiprocessors: int,
+    config: Any,
+) -> KernelCall:
+    """The launch.
+
+    Args:
+        q, k, v, dout, lse_log2, delta, dk, dv, dq_sum: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
+        items, runs: tables of the transposed plan, cut with rows_per_tile = 128 and block_cols = block_q; with dq_sum also with
+            masks_ragged.
+        heads_per_wave: KV heads whose items run together.
+        counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
+        multiprocessors: programs of the persistent grid at most.
+        config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`.
+    """
+    inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    kv_heads = k.shape[1]
+    return KernelCall(
+        kernel=hopper_backward_kernel,
+        grid=(min(multiprocessors, n_items * kv_heads),),
+        arguments=dict(
+            q_desc=head_box(q, config.block_q),
+            k_desc=head_box(k, ROWS.value),
+            v_desc=head_box(v, ROWS.value),
+            dout_desc=head_box(dout, config.block_q),
+            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, dq_columns(config.block_q, q.shape[2])),
+            lse_log2_desc=vector_box(lse_log2, config.block_q),
+            delta_desc=vector_box(delta, config.block_q),
+            dk_ptr=dk,
+            dv_ptr=dv,
+            items_ptr=items,
+            runs_ptr=runs,
+            stride_qh=q.stride(1),
+            stride_kh=k.stride(1),
+            stride_vh=v.stride(1),
+            stride_doh=dout.stride(1),
+            stride_dkt=dk.stride(0),
+            stride_dkh=dk.stride(1),
+            stride_dvt=dv.stride(0),
+            stride_dvh=dv.stride(1),
+            stride_stats_copy=lse_log2.stride(0),
+            stride_stats_h=q.shape[0],
+            n_items=n_items,
+            n_heads=kv_heads,
+            heads_per_wave=heads_per_wave,
+            counter_ptr=counter,
+            zero=0,
+            softmax_scale=softmax_scale,
+            inner_scale=inner_scale,
+            outer_scale=outer_scale,
+        ),
+        constants=dict(
+            LAYOUT_DIGEST=layout.DIGEST,
+            GROUP=q.shape[1] // kv_heads,
+            HEAD_DIM=q.shape[2],
+            BLOCK_Q=config.block_q,
+            STAGES=config.num_stages,
+            HAS_SOFTCAP=softcap > 0,
+            CONSUMER_REGISTERS=config.consumer_registers,
+        ),
+        num_warps=config.num_warps,
+        num_stages=1,
+        max_registers=config.max_registers,
+    )

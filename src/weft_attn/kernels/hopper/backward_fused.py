@@ -1,0 +1,214 @@
+"""Backward on Hopper, all gradients: the consumers of hopper/backward.py that compute five products.
+
+    P_ij = exp2(s_ij - lse_log2_i),   dV_j = sum_i P_ij dout_i
+    dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i,   dQ_i = scale * sum_j dS_ij k_j
+
+The consumers exchange dS through shared memory, each computes half of a query tile's dQ over all 128 keys, and the copy engine adds
+it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic. What a query tile holds beyond its
+slice gets zeros added. An item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not
+of the item would reach dQ.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from weft_attn.kernels.hopper.by_keys import (
+    clean_queries,
+    differentiate,
+    hear_item,
+    multiply_queries,
+    seen_by,
+    weigh,
+    write_gradients,
+)
+from weft_attn.kernels.hopper.channel import make_tiles
+from weft_attn.kernels.hopper.compat import add_box, aggregate
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+
+
+@aggregate
+class Exchange:
+    """How the consumers make dQ of what each has a half of.
+
+    Attributes:
+        dq_sum_desc: boxes of a consumer's half of a query tile's dQ.
+        dscores: (2 * CONSUMERS, ROWS, BLOCK_Q) dS of a step, a tile of each consumer, twice in turn.
+        there: barrier: both tiles of a step are written.
+        dq: (CONSUMERS, rows, columns) float32, each consumer's half on its way out.
+    """
+
+    dq_sum_desc: tma.tensor_descriptor
+    dscores: gl.shared_memory_descriptor
+    there: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, dq_sum_desc, dscores, there, dq):
+        self.dq_sum_desc, self.dscores, self.there, self.dq = dq_sum_desc, dscores, there, dq
+
+
+@gluon.constexpr_function
+def dq_columns(block_q, head_dim):
+    """Columns of a consumer's half of a query tile's dQ, 64 rows: half of the columns, but of a tile of 128 queries half of the rows."""
+    return head_dim if block_q > ROWS.value else head_dim // CONSUMERS.value
+
+
+@gluon.jit
+def make_exchange(p, dq_sum_desc):
+    dscores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, p.BLOCK_Q], p.q_desc.dtype)
+    dscores = gl.allocate_shared_memory(p.q_desc.dtype, [2 * CONSUMERS, ROWS, p.BLOCK_Q], dscores_layout)
+    there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(there, count=CONSUMERS)
+    return Exchange(dq_sum_desc, dscores, there, make_tiles(dq_sum_desc, CONSUMERS))
+
+
+@gluon.jit
+def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
+    """Start this consumer's half of the step's dQ."""
+    COLUMNS: gl.constexpr = dq_columns(p.BLOCK_Q, p.HEAD_DIM)
+    dq = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
+    for owner in gl.static_range(CONSUMERS):
+        dscores = exchange.dscores.index(step % 2 * CONSUMERS + owner)
+        keys = k_tiles.index(owner + zero)
+        if p.BLOCK_Q > ROWS:
+            dscores = dscores.slice(CONSUMER * ROWS, ROWS, dim=1)
+        else:
+            keys = keys.slice(CONSUMER * COLUMNS, COLUMNS, dim=1)
+        dq = warpgroup_mma(dscores.permute((1, 0)), keys, dq, use_acc=owner > 0, is_async=True)
+    return dq
+
+
+@gluon.jit
+def _add_dq(p, exchange, dq, head, col, CONSUMER: gl.constexpr):
+    """Send this consumer's half of a query tile's dQ to be added."""
+    smem = exchange.dq.index(CONSUMER)
+    # The last step's must have left before this one comes.
+    tma.store_wait(pendings=0)
+    smem.store(dq)
+    fence_async_shared()
+    row = head * p.stride_stats_h + col
+    if p.BLOCK_Q > ROWS:
+        add_box(exchange.dq_sum_desc, [row + CONSUMER * ROWS, 0], smem)
+    else:
+        add_box(exchange.dq_sum_desc, [row, CONSUMER * dq_columns(p.BLOCK_Q, p.HEAD_DIM)], smem)
+
+
+@gluon.jit
+def _multiply_scores(p, memory, step, zero, CONSUMER: gl.constexpr):
+    """Start the product of the keys and a step's queries, once they are there."""
+    memory.slots.wait(step)
+    return multiply_queries(p, memory.k.tiles.index(CONSUMER + zero), memory.q.index(step % memory.slots.STAGES))
+
+
+@gluon.jit
+def _accumulate_tile(
+    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, head,
+    IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """One query tile of one head into dk_acc and dv_acc, (64 keys, D) float32, and into dq_sum; the next step's scores with them."""
+    acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
+    slot = step % memory.slots.STAGES
+    q_tile = memory.q.index(slot)
+    dout_tile = memory.dout.index(slot)
+    dprobs = multiply_queries(p, memory.v.tiles.index(CONSUMER + zero), dout_tile)
+    seen = first
+    if IS_MASKED:
+        seen = seen_by(p, first, stop, col)
+    probs, scores = weigh(p, memory, slot, scores, seen, IS_MASKED)
+    probs_operand = as_operand(probs, p.q_desc.dtype, acc_layout)
+    dprobs = warpgroup_mma_wait(0, deps=[dprobs])
+    dscores = differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED)
+    dscores_operand = as_operand(dscores, p.q_desc.dtype, acc_layout)
+    # What lay here two steps ago was read before the other consumer came to the last step's barrier.
+    exchange.dscores.index(step % 2 * CONSUMERS + CONSUMER).store(dscores)
+    fence_async_shared()
+    mbarrier.arrive(exchange.there, count=1)
+    # A product with a register operand holds its warps until it runs: not before dS is on its way.
+    dv_acc = warpgroup_mma(probs_operand, dout_tile, dv_acc, is_async=True)
+    mbarrier.wait(exchange.there, step & 1)
+    dq = _multiply_dq(p, exchange, step, memory.k.tiles, zero, CONSUMER)
+    # Behind dQ, which leaves while this product and the next step's first one run.
+    dk_acc = warpgroup_mma(dscores_operand, q_tile, dk_acc, is_async=True)
+    # The operands too: their registers are read until the products are done.
+    dq, dv_acc, _ = warpgroup_mma_wait(1, deps=[dq, dv_acc, probs_operand])
+    _add_dq(p, exchange, dq, head, col, CONSUMER)
+    # After the item's last step its own once more, for nothing: a branch here would keep products from overlapping.
+    next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero, CONSUMER)
+    dk_acc, next_scores, _ = warpgroup_mma_wait(0, deps=[dk_acc, next_scores, dscores_operand])
+    memory.slots.release(step)
+    return next_scores, dk_acc, dv_acc
+
+
+@gluon.jit
+def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
+    schedule = memory.schedule
+    step = 0
+    turn = 0
+    cleaned = 0
+    # As in backward_dkdv.py.
+    zero = p.zero
+    acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
+    row_layout: gl.constexpr = gl.SliceLayout(1, product_layout(p.BLOCK_Q))
+    schedule.hear(turn)
+    number = schedule.number(turn)
+    while schedule.exists(number):
+        _item, kv_head = schedule.item_and_head(number)
+        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
+        rows = first_row + gl.arange(0, ROWS, row_layout)
+        dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
+        dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
+        kv_step = turn * CONSUMERS + CONSUMER
+        other_step = turn * CONSUMERS + 1 - CONSUMER
+        memory.k.wait(kv_step)
+        memory.v.wait(kv_step)
+        memory.k.wait(other_step)
+        if n_rows < ROWS:
+            # Others' keys, times dS that is zero there.
+            clean_rows(memory.k.tiles.index(CONSUMER), n_rows)
+            fence_async_shared()
+        first_head = kv_head * p.GROUP
+        last_step = step + (edge_tiles + interior_tiles) * p.GROUP - 1
+        scores = gl.zeros([ROWS, p.BLOCK_Q], gl.float32, product_layout(p.BLOCK_Q))
+        if step <= last_step:
+            scores = _multiply_scores(p, memory, step, zero, CONSUMER)
+            scores = warpgroup_mma_wait(0, deps=[scores])
+
+        for _ in range(edge_tiles):
+            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+            for member in range(p.GROUP):
+                zero = zero * 3
+                cleaned = clean_queries(p, memory, step, col_stop - col, cleaned, CONSUMER)
+                scores, dk_acc, dv_acc = _accumulate_tile(
+                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, first_head + member,
+                    True, CONSUMER,
+                )  # fmt: skip
+                step += 1
+            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+        col, left = first_tile(p.runs_ptr, interior_run)
+        for _ in range(interior_tiles):
+            for member in range(p.GROUP):
+                zero = zero * 3
+                scores, dk_acc, dv_acc = _accumulate_tile(
+                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, first_head + member,
+                    False, CONSUMER,
+                )  # fmt: skip
+                step += 1
+            interior_run, col, left = next_tile(p.runs_ptr, interior_run, col, left, p.BLOCK_Q)
+
+        memory.k.release(kv_step)
+        memory.k.release(other_step)
+        memory.v.release(kv_step)
+        write_gradients(p, kv_head, dk_acc, dv_acc, first_row, n_rows)
+        turn += 1
+        schedule.hear(turn)
+        number = schedule.number(turn)
+    tma.store_wait(pendings=0)

@@ -1,0 +1,240 @@
+"""What the Hopper backward kernels that walk the plan by keys share: their tables and tensors, their shared memory, their producer.
+
+Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (128 keys of one KV head, 64 for
+each consumer). The query heads of a group are walked inside each tile. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2
+and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in their own dtype.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+
+from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
+from weft_attn.kernels.hopper.compat import aggregate, load_box
+from weft_attn.kernels.hopper.schedule import Schedule
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, product_layout, write_rows
+from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.tiles import cap_scores
+from weft_attn.kernels.triton.visibility import first_tile, next_tile
+
+
+@aggregate
+class Problem:
+    """What every warp role is told: tensors, tables, scalars and the tile sizes."""
+
+    q_desc: tma.tensor_descriptor
+    k_desc: tma.tensor_descriptor
+    v_desc: tma.tensor_descriptor
+    dout_desc: tma.tensor_descriptor
+    lse_log2_desc: tma.tensor_descriptor
+    delta_desc: tma.tensor_descriptor
+    dk_ptr: gl.tensor
+    dv_ptr: gl.tensor
+    items_ptr: gl.tensor
+    runs_ptr: gl.tensor
+    stride_qh: gl.tensor
+    stride_kh: gl.tensor
+    stride_vh: gl.tensor
+    stride_doh: gl.tensor
+    stride_dkt: gl.tensor
+    stride_dkh: gl.tensor
+    stride_dvt: gl.tensor
+    stride_dvh: gl.tensor
+    stride_stats_copy: gl.tensor
+    stride_stats_h: gl.tensor
+    zero: gl.tensor
+    softmax_scale: gl.tensor
+    inner_scale: gl.tensor
+    outer_scale: gl.tensor
+    GROUP: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    BLOCK_Q: gl.constexpr
+    HAS_SOFTCAP: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(
+        self, q_desc, k_desc, v_desc, dout_desc, lse_log2_desc, delta_desc, dk_ptr, dv_ptr, items_ptr, runs_ptr,
+        stride_qh, stride_kh, stride_vh, stride_doh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
+        stride_stats_copy, stride_stats_h, zero, softmax_scale, inner_scale, outer_scale,
+        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
+    ):  # fmt: skip
+        self.q_desc, self.k_desc, self.v_desc, self.dout_desc = q_desc, k_desc, v_desc, dout_desc
+        self.lse_log2_desc, self.delta_desc = lse_log2_desc, delta_desc
+        self.dk_ptr, self.dv_ptr, self.items_ptr, self.runs_ptr = dk_ptr, dv_ptr, items_ptr, runs_ptr
+        self.stride_qh, self.stride_kh, self.stride_vh, self.stride_doh = stride_qh, stride_kh, stride_vh, stride_doh
+        self.stride_dkt, self.stride_dkh, self.stride_dvt, self.stride_dvh = stride_dkt, stride_dkh, stride_dvt, stride_dvh
+        self.stride_stats_copy, self.stride_stats_h = stride_stats_copy, stride_stats_h
+        self.zero = zero
+        self.softmax_scale, self.inner_scale, self.outer_scale = softmax_scale, inner_scale, outer_scale
+        self.GROUP = gl.constexpr(GROUP)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.BLOCK_Q = gl.constexpr(BLOCK_Q)
+        self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
+
+
+@aggregate
+class Memory:
+    """Shared memory of a program.
+
+    Attributes:
+        k, v: a slot for each consumer's 64 keys.
+        slots: for query tiles of one head: q, dout, lse_log2 and delta.
+        cleaned: barrier: both consumers have zeroed their halves of what a query tile holds beyond its slice.
+    """
+
+    schedule: Schedule
+    k: Ring
+    v: Ring
+    slots: Slots
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse_log2: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    cleaned: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, schedule, k, v, slots, q, dout, lse_log2, delta, cleaned):
+        self.schedule, self.k, self.v, self.slots = schedule, k, v, slots
+        self.q, self.dout, self.lse_log2, self.delta, self.cleaned = q, dout, lse_log2, delta, cleaned
+
+
+@gluon.jit
+def _load_queries(p, memory, step, first_head, run, n_tiles):
+    """Ask for the query tiles of one stream, those of each head of the group; the step after them."""
+    N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + p.dout_desc.block_type.nbytes + 8 * p.BLOCK_Q
+    col, left = first_tile(p.runs_ptr, run)
+    for _ in range(n_tiles):
+        for member in range(p.GROUP):
+            head = first_head + member
+            slot, full = memory.slots.acquire(step, N_BYTES)
+            load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
+            load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
+            # The shifted copy in which this element is 16-byte aligned, see triton/delta.py.
+            element = head * p.stride_stats_h + col
+            copy = element % 4
+            start = copy * p.stride_stats_copy + element - copy
+            load_box(p.lse_log2_desc, [start], full, memory.lse_log2.index(slot))
+            load_box(p.delta_desc, [start], full, memory.delta.index(slot))
+            step += 1
+        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+    return step
+
+
+@gluon.jit
+def produce(p, memory):
+    schedule = memory.schedule
+    step = 0
+    turn = 0
+    number = gl.program_id(0)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
+    while schedule.exists(number):
+        item, kv_head = schedule.item_and_head(number)
+        number = schedule.take()
+        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
+        row = gl.load(item_ptr + layout.ITEM_ROW)
+        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+        interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        for consumer in gl.static_range(CONSUMERS):
+            memory.k.load(turn * CONSUMERS + consumer, p.k_desc, row + consumer * ROWS, kv_head * p.stride_kh)
+            memory.v.load(turn * CONSUMERS + consumer, p.v_desc, row + consumer * ROWS, kv_head * p.stride_vh)
+        first_head = kv_head * p.GROUP
+        step = _load_queries(p, memory, step, first_head, edge_run, edge_tiles)
+        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
+        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+        step = _load_queries(p, memory, step, first_head, interior_run, interior_tiles)
+        turn += 1
+    schedule.finish()
+
+
+@gluon.jit
+def make_memory(p, schedule, STAGES: gl.constexpr, KEY_READERS: gl.constexpr):
+    """Shared memory with `STAGES` slots for query tiles; the keys of each consumer are read by `KEY_READERS`."""
+    k = make_ring(p.k_desc, CONSUMERS, KEY_READERS)
+    v = make_ring(p.v_desc, CONSUMERS, 1)
+    slots = make_slots(STAGES, CONSUMERS)
+    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(cleaned, count=CONSUMERS)
+    return Memory(
+        schedule, k, v, slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, STAGES),
+        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), cleaned,
+    )  # fmt: skip
+
+
+# ---- what the consumers share -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def hear_item(schedule, turn, CONSUMER: gl.constexpr):
+    """A consumer's rows of the turn's item, its streams, and where the first of them begins."""
+    first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
+    n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+    edge_run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
+    edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
+    interior_run = schedule.item_field(turn, layout.ITEM_INTERIOR_RUN)
+    interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
+    col = schedule.run_field(turn, layout.RUN_COL)
+    left = schedule.run_field(turn, layout.RUN_N_TILES)
+    schedule.heard(turn)
+    return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles, col, left
+
+
+@gluon.jit
+def clean_queries(p, memory, step, n_valid, cleaned, CONSUMER: gl.constexpr):
+    """Zero what a query tile holds from its n_valid-th row on; how often that has happened."""
+    if n_valid < p.BLOCK_Q:
+        slot = step % memory.slots.STAGES
+        clean_half(memory.q.index(slot), n_valid, CONSUMER)
+        clean_half(memory.dout.index(slot), n_valid, CONSUMER)
+        agree(memory.cleaned, cleaned)
+        cleaned += 1
+    return cleaned
+
+
+@gluon.jit
+def multiply_queries(p, own, queries):
+    """Start the (64 keys, BLOCK_Q queries) product of a consumer's k or v with q or dout."""
+    nothing = gl.zeros([ROWS, p.BLOCK_Q], gl.float32, product_layout(p.BLOCK_Q))
+    return warpgroup_mma(own, queries.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
+    """P of a tile of products, and the capped scores; zero where not `seen`."""
+    lse_log2 = memory.lse_log2.index(slot).load(gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
+    if p.HAS_SOFTCAP:
+        scores = cap_scores(scores, p.inner_scale)
+    probs = gl.exp2(scores * p.outer_scale - lse_log2[None, :])
+    if IS_MASKED:
+        probs = gl.where(seen, probs, 0.0)
+    return probs, scores
+
+
+@gluon.jit
+def differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED: gl.constexpr):
+    """dS of a tile in the input dtype; zero where not `seen`, whatever dP is there."""
+    delta = memory.delta.index(slot).load(gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
+    dscores = probs * (dprobs - delta[None, :])
+    if p.HAS_SOFTCAP:
+        dscores = dscores * (1.0 - scores * scores)
+    if IS_MASKED:
+        dscores = gl.where(seen, dscores, 0.0)
+    return dscores.to(p.q_desc.dtype)
+
+
+@gluon.jit
+def seen_by(p, first, stop, col):
+    """Which queries of the tile at `col` see each key: those from `first` up to `stop`."""
+    cols = col + gl.arange(0, p.BLOCK_Q, gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
+    return (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
+
+
+@gluon.jit
+def write_gradients(p, kv_head, dk_acc, dv_acc, first_row, n_rows):
+    """Write a consumer's dK and dV."""
+    acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
+    wide_head = kv_head.to(gl.int64)
+    dk_ptr = p.dk_ptr + wide_head * p.stride_dkh
+    write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows, acc_layout)
+    write_rows(p.dv_ptr + wide_head * p.stride_dvh, p.stride_dvt, dv_acc, first_row, n_rows, acc_layout)
