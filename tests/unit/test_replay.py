@@ -62,10 +62,10 @@ class Compiled:
 
     __getitem__ = CompiledKernel.__getitem__
 
-    def __init__(self) -> None:
+    def __init__(self, *encodings: Any) -> None:
         self.src = SimpleNamespace(signature=dict(zip(NAMES, SIGNATURE, strict=True)), constants={}, fn=None)
         self.metadata = SimpleNamespace(
-            tensordesc_meta=[ENCODING, ENCODING], num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
+            tensordesc_meta=list(encodings), num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
             global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
         )  # fmt: skip
         self.run = nvidia.CudaLauncher(self.src, self.metadata)
@@ -99,7 +99,7 @@ def without_hooks(handed: tuple[Any, ...]) -> list[Any]:
 
 
 def test_a_replay_hands_over_what_triton_would(machine: Machine) -> None:
-    compiled = Compiled()
+    compiled = Compiled(ENCODING, ENCODING)
     bound, first = bound_call(compiled)
     for addresses in (first, {name: 1 << (20 + at) for at, name in enumerate(first)}, first):
         machine.handed.clear()
@@ -112,7 +112,7 @@ def test_a_replay_hands_over_what_triton_would(machine: Machine) -> None:
 
 
 def test_a_replay_goes_to_the_stream_it_is_told(machine: Machine) -> None:
-    bound, addresses = bound_call(Compiled())
+    bound, addresses = bound_call(Compiled(ENCODING, ENCODING))
     machine.handed.clear()
     for stream in (11, 12):
         bound.launch(addresses, stream)
@@ -121,7 +121,7 @@ def test_a_replay_goes_to_the_stream_it_is_told(machine: Machine) -> None:
 
 
 def test_descriptors_are_encoded_once_for_each_address(machine: Machine) -> None:
-    bound, addresses = bound_call(Compiled())
+    bound, addresses = bound_call(Compiled(ENCODING, ENCODING))
     bound.launch(addresses, 0)
     before = machine.encoded
     for _ in range(3):
@@ -132,7 +132,7 @@ def test_descriptors_are_encoded_once_for_each_address(machine: Machine) -> None
 
 
 def test_encoded_descriptors_are_bounded(machine: Machine) -> None:
-    bound, addresses = bound_call(Compiled())
+    bound, addresses = bound_call(Compiled(ENCODING, ENCODING))
     for at in range(MAX_ENCODED + 5):
         bound.launch(addresses | dict(q=at << 8), 0)
         assert bound._replay is not None
@@ -140,7 +140,7 @@ def test_encoded_descriptors_are_bounded(machine: Machine) -> None:
 
 
 def test_a_watched_launch_is_told_to_its_hooks(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound, addresses = bound_call(Compiled())
+    bound, addresses = bound_call(Compiled(ENCODING, ENCODING))
     machine.handed.clear()
     bound.launch(addresses, machine.stream)
     chain: knobs.HookChain[Any] = knobs.HookChain()
@@ -153,7 +153,26 @@ def test_a_watched_launch_is_told_to_its_hooks(machine: Machine, monkeypatch: py
 
 
 def test_a_launcher_that_allocates_memory_is_not_replayed(machine: Machine) -> None:
-    compiled = Compiled()
+    compiled = Compiled(ENCODING, ENCODING)
     compiled.run.global_scratch_size = 16
+    bound, _ = bound_call(compiled)
+    assert bound._replay is None
+
+
+@pytest.mark.parametrize("encodings", [(), (None, None)], ids=repr)
+def test_descriptors_that_are_taken_apart_are_not_replayed(encodings: tuple[Any, ...], machine: Machine) -> None:
+    bound, addresses = bound_call(Compiled(*encodings))
+    assert bound._replay is None
+    machine.handed.clear()
+    bound.launch(addresses, machine.stream)
+    assert len(machine.handed) == 1
+
+
+def test_another_launcher_is_not_replayed(machine: Machine) -> None:
+    class Other(nvidia.CudaLauncher):  # type: ignore[misc, name-defined]
+        pass
+
+    compiled = Compiled(ENCODING, ENCODING)
+    compiled.run.__class__ = Other
     bound, _ = bound_call(compiled)
     assert bound._replay is None

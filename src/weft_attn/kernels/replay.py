@@ -27,6 +27,9 @@ Addresses = Mapping[str, int | None]
 # Encoded descriptors kept for each descriptor of a launch: one for each address that a program's tensors come to lie at.
 MAX_ENCODED = 256
 
+# Stands for the stream in a record.
+_STREAM = object()
+
 _NVIDIA = "triton.backends.nvidia.driver"
 # Bytes that a launcher allocates for each launch: memory that a replay would not have.
 _MEMORY = ("global_scratch_size", "profile_scratch_size")
@@ -115,10 +118,6 @@ class Replay:
         return values
 
 
-# Stands for the stream in a record.
-_STREAM = object()
-
-
 def replay_of(compiled: Any, grid: tuple[int, ...], arguments: Arguments, addresses: Addresses) -> Replay | None:
     """The replay of a kernel that Triton's own launcher for NVIDIA launches, and None of another.
 
@@ -129,11 +128,13 @@ def replay_of(compiled: Any, grid: tuple[int, ...], arguments: Arguments, addres
         addresses: where the tensors of a valid launch lie.
     """
     run: Any = getattr(compiled, "run", None)
-    if (
-        type(run).__module__ != _NVIDIA
-        or any(getattr(run, name, True) for name in _MEMORY)
-        or getattr(run, "gsan_enabled", False)
-    ):
+    if type(run).__module__ != _NVIDIA or getattr(run, "gsan_enabled", False):
+        return None
+    if any(getattr(run, name, True) for name in _MEMORY):
+        return None
+    # Without its encoding a descriptor is taken apart: no copy engine.
+    encodings = [x for x in getattr(compiled.metadata, "tensordesc_meta", None) or () if x is not None]
+    if len(encodings) != len(arguments.descriptors):
         return None
     wrap = sys.modules[_NVIDIA].wrap_handle_tensordesc
     function = run.launch
@@ -145,10 +146,7 @@ def replay_of(compiled: Any, grid: tuple[int, ...], arguments: Arguments, addres
     def record(values: list[Any]) -> list[Any]:
         handed: list[Any] = []
         recorder = copy.copy(run)
-        signature = dict(compiled.src.signature)
-        recorder.launch = wrap(
-            lambda *given: handed.extend(given), signature, getattr(compiled.metadata, "tensordesc_meta", None)
-        )
+        recorder.launch = wrap(lambda *given: handed.extend(given), dict(compiled.src.signature), encodings)
         recorder(*grid, _STREAM, compiled.function, compiled.packed_metadata, None, None, None, *values)
         return handed
 
