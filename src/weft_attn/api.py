@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from weft_attn import checks, ops  # noqa: F401 (ops defines the operators)
-from weft_attn.errors import require
+from weft_attn import checks, ops
+from weft_attn.errors import refuse
 from weft_attn.plan import build
 from weft_attn.plan.slices import Plan
 
@@ -170,7 +170,8 @@ def plan_attention(
         torch.Size([7, 4, 16])
     """
     checks.qkv(q, k, v, packed=True)
-    require(isinstance(plan, Plan), "plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
+    if not isinstance(plan, Plan):
+        refuse("plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
     checks.totals(q, k, plan.total_q, plan.total_k, "the plan")
     checks.flag(return_lse, "return_lse")
     out, lse = _call(q, k, v, plan, (1, False, None, None), softmax_scale, softcap, sinks, deterministic)
@@ -189,7 +190,7 @@ def _call(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     checks.sink_logits(sinks, q)
-    result: tuple[torch.Tensor, torch.Tensor] = torch.ops.weft.attention_forward(
+    return ops.attention_forward(
         q,
         k,
         v,
@@ -201,4 +202,3 @@ def _call(
         checks.number(softcap, "softcap"),
         checks.flag(deterministic, "deterministic"),
     )
-    return result

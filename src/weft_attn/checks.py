@@ -11,23 +11,29 @@ from typing import Any
 
 import torch
 
-from weft_attn.errors import InvalidInput, require
+from weft_attn.errors import InvalidInput, refuse, require
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
+# Dimensions of q, k and v, in words.
+_PACKED = tuple(f"(tokens, heads, {dim})" for dim in ("D", "D", "Dv"))
+_BATCHED = tuple(f"(batch, seqlen, heads, {dim})" for dim in ("D", "D", "Dv"))
+
 
 def is_tensor(x: Any, name: str, ndim: int, layout: str) -> None:
-    require(isinstance(x, torch.Tensor), f"{name} is a tensor", expected="torch.Tensor", given=type(x).__name__)
-    require(x.ndim == ndim, f"{name} has {ndim} dimensions", expected=layout, given=tuple(x.shape))
+    if not isinstance(x, torch.Tensor):
+        refuse(f"{name} is a tensor", expected="torch.Tensor", given=type(x).__name__)
+    if x.ndim != ndim:
+        refuse(f"{name} has {ndim} dimensions", expected=layout, given=tuple(x.shape))
 
 
 def qkv(q: Any, k: Any, v: Any, *, packed: bool) -> None:
     """Shapes, dtypes, devices and head counts of q, k and v; (T, H, D) when packed, (B, S, H, D) otherwise."""
-    ndim = 3 if packed else 4
-    lead = "tokens" if packed else "batch, seqlen"
-    for x, name, dim in ((q, "q", "D"), (k, "k", "D"), (v, "v", "Dv")):
-        is_tensor(x, name, ndim, f"({lead}, heads, {dim})")
+    ndim, (of_q, of_k, of_v) = (3, _PACKED) if packed else (4, _BATCHED)
+    is_tensor(q, "q", ndim, of_q)
+    is_tensor(k, "k", ndim, of_k)
+    is_tensor(v, "v", ndim, of_v)
     # What has passed once passes again: a warm call only looks it up. Traced sizes have no hash.
     agree = _agree if torch.compiler.is_compiling() else _agree_once
     agree(q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device))
@@ -73,8 +79,10 @@ _agree_once = lru_cache(maxsize=1024)(_agree)
 
 def totals(q: torch.Tensor, k: torch.Tensor, total_q: int, total_k: int, owner: str) -> None:
     """The packed rows match what the plan or cu_seqlens say."""
-    require(q.shape[0] == total_q, f"q has the rows of {owner}", expected=total_q, given=q.shape[0])
-    require(k.shape[0] == total_k, f"k and v have the rows of {owner}", expected=total_k, given=k.shape[0])
+    if q.shape[0] != total_q:
+        refuse(f"q has the rows of {owner}", expected=total_q, given=q.shape[0])
+    if k.shape[0] != total_k:
+        refuse(f"k and v have the rows of {owner}", expected=total_k, given=k.shape[0])
 
 
 def number(value: Any, name: str) -> float:
@@ -82,7 +90,8 @@ def number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidInput(f"{name} is a number: expected a finite float >= 0, given {value!r}")
     # Comparisons, not math.isfinite: torch.compile(dynamic=True) traces them.
-    require(0 <= value < math.inf, f"{name} is finite and not negative", expected=">= 0", given=value)
+    if not 0 <= value < math.inf:
+        refuse(f"{name} is finite and not negative", expected=">= 0", given=value)
     return float(value)
 
 
@@ -92,8 +101,9 @@ def scale(value: Any, head_dim: int) -> float:
 
 
 def flag(value: Any, name: str) -> bool:
-    require(isinstance(value, bool), f"{name} is a bool", expected="True or False", given=repr(value))
-    return bool(value)
+    if not isinstance(value, bool):
+        refuse(f"{name} is a bool", expected="True or False", given=repr(value))
+    return value
 
 
 def sink_logits(sinks: Any, q: torch.Tensor) -> None:

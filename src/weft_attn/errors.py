@@ -5,7 +5,7 @@ Every error about what a caller passed is a `ValueError` and says three things: 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 
 class WeftError(ValueError):
@@ -34,4 +34,9 @@ def require(
 ) -> None:
     """Raise `error` unless `holds`; the message names the rule, the expected and the given."""
     if not holds:
-        raise error(f"{rule}: expected {expected}, given {given}")
+        refuse(rule, expected=expected, given=given, error=error)
+
+
+def refuse(rule: str, *, expected: Any, given: Any, error: type[WeftError] = InvalidInput) -> NoReturn:
+    """Raise `error`: the end of a check that every call makes, which words what it says when it says it."""
+    raise error(f"{rule}: expected {expected}, given {given}")

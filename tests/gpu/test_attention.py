@@ -259,6 +259,56 @@ def test_a_captured_graph_replays_the_forward() -> None:
     assert torch.equal(out, weft.plan_attention(x.q, x.k, x.v, plan))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("plan", "heads"),
+    [
+        (weft.Plan.zigzag([0, 16384], 3, 8), 8),
+        (weft.Plan.from_cu_seqlens([0, 100, 164, 301], [0, 100, 164, 301], causal=True), 4),
+        (weft.Plan.from_cu_seqlens([0, 2], [0, 4096], causal=True), 8),
+    ],
+    ids=["long rows", "packed", "split keys"],
+)
+def test_a_captured_step_replays_forward_and_backward_on_other_values(plan: weft.Plan, heads: int) -> None:
+    x = make_inputs(replace(MAIN, heads=heads, sinks=True), plan, DEVICE)
+    assert x.sinks is not None
+    leaves = [t.requires_grad_() for t in (x.q, x.k, x.v, x.sinks)]
+
+    def step() -> list[torch.Tensor]:
+        out, lse = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks, return_lse=True)
+        return [out, lse, *torch.autograd.grad(out, leaves, x.dout)]
+
+    # What is done once for a plan (tables, compilation) cannot be captured.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            for t in (*leaves, x.dout):
+                t.copy_(torch.randn_like(t))
+        graph.replay()
+        for found, eager in zip(captured, step(), strict=True):
+            assert found.isfinite().all()
+            assert torch.equal(found, eager)
+
+
+def test_warm_launches_are_replayed() -> None:
+    """Triton's launcher is the one that kernels/replay.py knows: else warm calls are slower than they need be."""
+    plan = weft.Plan.zigzag([0, 16384], 3, 8)
+    x = make_inputs(replace(MAIN, heads=8), plan, DEVICE)
+    for _ in range(2):
+        evaluate(ours(MAIN, plan), x)
+    steps = [step for recipe in plan._recipes.values() for step in recipe.steps]
+    assert len(steps) >= 2
+    if torch.version.cuda is not None:
+        assert all(step._bound._replay is not None for step in steps)
+
+
 def test_a_compiled_layer_gives_the_eager_gradients() -> None:
     def layer(x: torch.Tensor, plan: weft.Plan) -> torch.Tensor:
         q, k, v = x.split([4, 1, 1], dim=1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-Tensors = Mapping[str, torch.Tensor | None]
+from weft_attn.kernels.replay import Addresses, Arguments, launches_are_watched, replay_of
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,15 @@ class KernelCall:
 
 
 class BoundCall:
-    """A launched `KernelCall` that runs again with other tensors, without asking Triton to inspect each argument once more.
+    """A launched `KernelCall` that runs again at other addresses, without asking Triton to inspect each argument once more.
 
     Which arguments change is read off the call: those that are one of the named tensors, and descriptors over one. The caller
-    sees to it that the tensors of a later launch have the shapes, strides, dtypes and 16-byte alignment of the first.
+    sees to it that the tensors of a later launch have the shapes, strides, dtypes, device and 16-byte alignment of the first.
     """
 
-    def __init__(self, call: KernelCall, compiled: Any, tensors: Tensors) -> None:
+    def __init__(self, call: KernelCall, compiled: Any, tensors: Mapping[str, torch.Tensor | None]) -> None:
         values = call.arguments | call.constants
         self._values = [values[name] for name in call.kernel.arg_names]
-        self._launch = compiled[(*call.grid, 1, 1)[:3]]
         names = {id(tensor): name for name, tensor in tensors.items() if tensor is not None}
         self._tensors = [(at, names[id(x)]) for at, x in enumerate(self._values) if id(x) in names]
         self._descriptors = [
@@ -72,17 +71,40 @@ class BoundCall:
             self._values[at] = None
         for at, _, descriptor in self._descriptors:
             self._values[at] = descriptor.base = None
+        grid = (*call.grid, 1, 1)[:3]
+        self._launch = compiled[grid]
+        ranks = [(at, name, len(descriptor.shape)) for at, name, descriptor in self._descriptors]
+        addresses = {name: None if x is None else x.data_ptr() for name, x in tensors.items()}
+        self._replay = replay_of(compiled, grid, Arguments(self._arguments, self._tensors, ranks), addresses)
 
-    def launch(self, tensors: Tensors) -> None:
-        """Run on the current device and stream."""
+    def _arguments(self, addresses: Addresses) -> list[Any]:
         arguments = self._values.copy()
         for at, name in self._tensors:
-            arguments[at] = tensors[name]
+            arguments[at] = addresses[name]
         for at, name, template in self._descriptors:
             descriptor = copy.copy(template)
-            descriptor.base = tensors[name]
+            descriptor.base = Memory(addresses[name])
             arguments[at] = descriptor
-        self._launch(*arguments)
+        return arguments
+
+    def launch(self, addresses: Addresses, stream: int) -> None:
+        """Run on the current device, on its current stream, whose handle is given, with the tensors at these addresses."""
+        if self._replay is None or launches_are_watched():
+            self._launch(*self._arguments(addresses))
+        else:
+            self._replay.launch(addresses, stream)
+
+
+class Memory:
+    """What a descriptor is over, where nothing but the address is asked for."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int | None) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int | None:
+        return self._address
 
 
 def is_descriptor(x: object) -> bool:

@@ -1,6 +1,5 @@
 """The one place where launch meets kernels: operators with fakes and autograd (operators.py) over what runs (execute.py)."""
 
-from weft_attn.ops import operators as operators  # defines torch.ops.weft
 from weft_attn.ops.execute import (
     attention_backward_into,
     attention_into,
@@ -9,9 +8,11 @@ from weft_attn.ops.execute import (
     problem_of,
     runs_reference,
 )
+from weft_attn.ops.operators import attention_forward
 
 __all__ = [
     "attention_backward_into",
+    "attention_forward",
     "attention_into",
     "kernels_interpreted",
     "prepare_forward",

@@ -17,7 +17,7 @@ from weft_attn.launch.config import HopperConfig, HopperForwardConfig, StreamCon
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Problem, select, select_first
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave
-from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, recipe_of
+from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
 from weft_attn.reference import reference_attention, reference_gradients
@@ -122,7 +122,7 @@ def attention_into(
     def make() -> Recipe:
         return _forward_recipe(plan, tensors, softmax_scale, softcap)
 
-    recipe_of(plan, ("forward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+    run_recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make)
 
 
 def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
@@ -277,7 +277,7 @@ def attention_backward_into(
     def make() -> Recipe:
         return _backward_recipe(plan, tensors, softmax_scale, softcap)
 
-    tensors = recipe_of(plan, ("backward", softmax_scale, softcap), tensors, q.device, make).run(tensors, q.device)
+    tensors = run_recipe(plan, ("backward", softmax_scale, softcap), tensors, q.device, make)
     if sinks is None:
         return None
     delta = tensors["delta"]

@@ -4,6 +4,7 @@ Tensors are packed, (tokens, heads, dim). The mask crosses the operator boundary
 for the dense case, as four integers (batch, causal, window) with no table at all; inside, it is the same `Plan` again, found by
 the table's address. Inputs are checked by `checks.py` before they come here.
 
+`attention_forward` calls the operator, or straight what the operator would run, where nobody would see the difference (plain.py).
 What runs is decided in execute.py.
 """
 
@@ -16,6 +17,7 @@ import torch
 
 from weft_attn.errors import Unsupported
 from weft_attn.ops.execute import attention_backward_into, attention_into
+from weft_attn.ops.plain import is_plain, wants_gradient
 from weft_attn.plan.slices import Plan, live_plans
 
 _library = torch.library.Library("weft", "DEF")
@@ -158,9 +160,12 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     q, k, v, sinks, slices, out, lse = ctx.saved_tensors
     needs_dq = ctx.needs_input_grad[0]
     needs_dkv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dq, dk, dv, dsinks = torch.ops.weft.attention_backward(
-        dout, dlse, q, k, v, sinks, out, lse, slices, *ctx.scalars, needs_dq, needs_dkv, None
-    )
+    arguments = (dout, dlse, q, k, v, sinks, out, lse, slices, *ctx.scalars, needs_dq, needs_dkv, None)
+    if is_plain(*arguments[:8]) and not torch.is_grad_enabled():
+        dq, dk, dv, dsinks = _backward_op(*arguments)
+    else:
+        # With gradients enabled a second derivative may follow, which the operator refuses.
+        dq, dk, dv, dsinks = torch.ops.weft.attention_backward(*arguments)
     return (
         dq if needs_dq else None,
         dk if ctx.needs_input_grad[1] else None,
@@ -179,3 +184,29 @@ def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor | None) -> None:
 
 
 torch.library.register_autograd("weft::attention_backward", _refuse_second_derivative, lib=_library)
+
+
+# ---- without the dispatcher -----------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    """What autograd notes of the forward operator, for a call that does not pass through the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = _forward_op(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, *mask_and_scalars: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator `weft::attention_forward`, on the shortest way."""
+    if not is_plain(q, k, v, sinks):
+        found: tuple[torch.Tensor, torch.Tensor] = torch.ops.weft.attention_forward(q, k, v, sinks, *mask_and_scalars)
+        return found
+    run = _Attention.apply if wants_gradient(q, k, v, sinks) else _forward_op
+    return run(q, k, v, sinks, *mask_and_scalars)

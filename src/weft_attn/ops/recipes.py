@@ -6,7 +6,6 @@ that lie alike follows the recipe; what is left of the host's work is to look it
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,9 +32,9 @@ class Step:
         self._make = make
         self._bound: BoundCall | None = None
 
-    def run(self, tensors: Tensors) -> None:
+    def run(self, tensors: Tensors, addresses: dict[str, int | None], stream: int) -> None:
         if self._bound is not None:
-            self._bound.launch(tensors)
+            self._bound.launch(addresses, stream)
             return
         from weft_attn.kernels.call import BoundCall
 
@@ -55,12 +54,12 @@ class Counter:
     def __init__(self) -> None:
         self._of_stream: dict[int, torch.Tensor] = {}
 
-    def on(self, device: torch.device) -> torch.Tensor:
+    def on(self, device: torch.device, stream: int) -> torch.Tensor:
+        """The counter for a launch on the current stream, whose handle is given."""
         from weft_attn.kernels.hopper.schedule import COUNTER_SIZE
 
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
         found = self._of_stream.get(stream)
         if found is None:
             found = self._of_stream[stream] = torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
@@ -83,34 +82,51 @@ class Recipe:
     steps: Sequence[Step]
     counter: Counter | None = None
 
-    def run(self, tensors: Tensors, device: torch.device) -> Tensors:
-        """Launch on the tensors' device; returns them with the scratch that the launches wrote."""
-        with _current(device):
-            for stream in self.streams:
-                stream.join()
-            for name, shape in self.scratch.items():
-                tensors[name] = torch.empty(shape, dtype=torch.float32, device=device)
-            if self.counter is not None:
-                tensors["counter"] = self.counter.on(device)
-            for step in self.steps:
-                step.run(tensors)
+    def run(self, tensors: Tensors, addresses: dict[str, int | None], device: torch.device) -> Tensors:
+        """Launch on the tensors' device; returns them with the scratch that the launches wrote.
+
+        Args:
+            tensors: by name.
+            addresses: where each of them lies.
+            device: theirs.
+        """
+        stream = 0
+        if device.type == "cuda":
+            # Kernels are launched on the current device: make it the tensors' own.
+            if device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return self.run(tensors, addresses, device)
+            from weft_attn.kernels.replay import current_stream
+
+            stream = current_stream(device)
+            for table in self.streams:
+                table.join(stream)
+        for name, shape in self.scratch.items():
+            tensors[name] = scratch = torch.empty(shape, dtype=torch.float32, device=device)
+            addresses[name] = scratch.data_ptr()
+        if self.counter is not None:
+            tensors["counter"] = counter = self.counter.on(device, stream)
+            addresses["counter"] = counter.data_ptr()
+        for step in self.steps:
+            step.run(tensors, addresses, stream)
         return tensors
 
 
-def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Kernels are launched on the current device: make it the tensors' own."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return contextlib.nullcontext()
-
-
-def recipe_of(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Recipe:
-    """The plan's recipe for a pass named by `key` over tensors that lie like these, made where there is none."""
-    layouts = tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors.values())
-    key = (*key, layouts, device, current_overrides())
+def run_recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Tensors:
+    """Run the plan's recipe for a pass named by `key` over tensors that lie like these, made where there is none."""
+    addresses: dict[str, int | None] = {}
+    layouts: list[Any] = []
+    for name, x in tensors.items():
+        if x is None:
+            addresses[name] = None
+            layouts.append(None)
+        else:
+            addresses[name] = address = x.data_ptr()
+            layouts += (x.shape, x.stride(), x.dtype, address % 16)
+    key = (*key, *layouts, device, current_overrides())
     found = plan._recipes.get(key)
     if found is None:
         if len(plan._recipes) >= MAX_RECIPES:
             plan._recipes.clear()
         found = plan._recipes[key] = make()
-    return found
+    return found.run(tensors, addresses, device)

@@ -82,15 +82,15 @@ class DeviceStream:
     made_on: torch.cuda.Stream | None = None
     copied: torch.cuda.Event | None = None
 
-    def join(self) -> None:
-        """Let the current CUDA stream wait for the copy, when it is another than the one that made it.
+    def join(self, stream: int) -> None:
+        """Let the current CUDA stream, whose handle is given, wait for the copy, when it is another than the one that made it.
 
         A graph capture cannot wait for what is outside of it: call once before you capture, as for any kernel.
         """
-        if self.made_on is None or self.copied is None:
+        if self.made_on is None or self.copied is None or stream == self.made_on.cuda_stream:
             return
-        current = torch.cuda.current_stream(self.items.device)
-        if current != self.made_on and not torch.cuda.is_current_stream_capturing():
+        if not torch.cuda.is_current_stream_capturing():
+            current = torch.cuda.current_stream(self.items.device)
             current.wait_event(self.copied)
             self.items.record_stream(current)
 
