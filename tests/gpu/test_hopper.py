@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import weft_attn as weft
-from weft_attn.launch import HopperBackwardDkdvConfig, HopperBackwardDqConfig, HopperForwardConfig, override
+from weft_attn.launch import override
+from weft_attn.launch.config import HopperConfig, LaunchConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
 
@@ -24,27 +27,28 @@ def _on_hopper() -> None:
         pytest.skip("Hopper's kernels run on sm_90")
 
 
-def rows_of(case: Case) -> list[HopperForwardConfig | HopperBackwardDkdvConfig | HopperBackwardDqConfig]:
-    """What the tables give this head dim, as overrides: they run whatever the number of rows."""
+def rows_of(case: Case, *, deterministic: bool = False) -> list[LaunchConfig]:
+    """What the tables give this head dim, as overrides: they run whatever the number of rows and keys."""
     problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8)
-    choices = [
-        select_first(kernels, problem, device_of(DEVICE)).config for kernels in (FORWARD_KERNELS, DKDV_KERNELS, DQ_KERNELS)
-    ]
-    found = [c for c in choices if isinstance(c, HopperForwardConfig | HopperBackwardDkdvConfig | HopperBackwardDqConfig)]
+    device = device_of(DEVICE)
+    choices = [select_first(FORWARD_KERNELS, problem, device)]
+    fused = None if deterministic else select_fused(problem, device, math.inf)
+    choices += [fused] if fused else [select_first(kernels, problem, device) for kernels in (DKDV_KERNELS, DQ_KERNELS)]
+    found: list[LaunchConfig] = [c.config for c in choices if isinstance(c.config, HopperConfig)]
     assert found, "no row of the tables serves the case"
     return found
 
 
 def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) -> None:
+    """Match the oracle with the kernel of all gradients, and with those of each, which are deterministic."""
     plan = plan or case.make_plan()
     inputs = make_inputs(case, plan, DEVICE)
     given = inputs.poisoned(plan) if poison else inputs
-    with override(*rows_of(case)):
-        found = evaluate(
-            lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options),  # type: ignore[arg-type, return-value]
-            given,
-        )
-    assert_matches_oracle(found, case, plan, inputs)
+    for deterministic in (False, True):
+        attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic, **case.options)
+        with override(*rows_of(case, deterministic=deterministic)):
+            found = evaluate(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), given)  # type: ignore[arg-type] # noqa: B023
+        assert_matches_oracle(found, case, plan, inputs)
 
 
 # Tensors without rows cannot be described to the copy engine: such calls are the portable kernels'.
@@ -106,8 +110,8 @@ def test_a_thousand_runs_are_equal_to_the_bit() -> None:
     case = replace(MAIN, plan="packed", sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
-    attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True)  # noqa: E731
-    with override(*rows_of(case)):
+    attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, deterministic=True, return_lse=True)  # noqa: E731
+    with override(*rows_of(case, deterministic=True)):
         first = evaluate(attention, x)  # type: ignore[arg-type]
         differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
         for _ in range(1000):
@@ -133,3 +137,38 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit() -> None:
         for one, other in zip(run(), first, strict=True):
             differing += (one != other).sum()
     assert int(differing) == 0
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float16), (64, torch.bfloat16)])
+def test_long_rows_take_the_fused_backward_and_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
+    case = replace(MAIN, plan="zigzag_rank_1_of_2", size=5000, heads=4, kv_heads=1, head_dim=dim, dtype=dtype)
+    plan = case.make_plan()
+    problem = Problem(dim, dim, 16)
+    assert select_fused(problem, device_of(DEVICE), plan.pairs / plan.total_q) is not None
+    x = make_inputs(case, plan, DEVICE)
+    for deterministic in (False, True):
+        attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic)
+        assert_matches_oracle(evaluate(lambda q, k, v, sinks: attention(q, k, v), x), case, plan, x)  # type: ignore[arg-type] # noqa: B023
+
+
+def test_a_graph_replays_the_fused_backward() -> None:
+    """What it adds to is zeroed in the graph."""
+    case = replace(MAIN, plan="zigzag_rank_1_of_2", size=5000, heads=4, kv_heads=1)
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+    out = weft.plan_attention(q, k, v, plan)
+    want = torch.autograd.grad(out, (q, k, v), x.dout, retain_graph=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.autograd.grad(weft.plan_attention(q, k, v, plan), (q, k, v), x.dout)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = torch.autograd.grad(weft.plan_attention(q, k, v, plan), (q, k, v), x.dout)
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * float(other.abs().max()))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from weft_attn import Unsupported, launch
 from weft_attn.launch import (
@@ -25,18 +26,23 @@ from weft_attn.launch.select import (
     DKDV_KERNELS,
     DQ_KERNELS,
     FORWARD_KERNELS,
+    FUSED_KERNEL,
+    FUSED_LEAST_KEYS,
     MANY_ROWS,
+    Choice,
     Problem,
     Table,
     current_overrides,
     parse_table,
     select,
     select_first,
+    select_fused,
     tables,
     tma_usable,
 )
-from weft_attn.launch.splits import cut_forward, heads_per_wave
+from weft_attn.launch.splits import cut_forward, heads_per_wave, least_heads
 from weft_attn.plan import Plan
+from weft_attn.plan.stream import Tiling, device_stream
 
 H200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
 SMALL = Device("Tiny", "sm_99", 4, 16 * 1024)
@@ -329,8 +335,37 @@ def test_few_keys_are_not_split_into_crumbs() -> None:
 def test_a_wave_holds_at_least_one_head_and_at_most_all() -> None:
     assert heads_per_wave(100, 10, 8) == 1
     assert heads_per_wave(10, 35, 8) == 3
+    assert heads_per_wave(10, 1000, 8) == 8
     assert heads_per_wave(1, 100, 8) == 8
     assert heads_per_wave(0, 100, 8) == 8
+
+
+def test_a_wave_holds_what_balance_asks_for_where_that_is_more() -> None:
+    assert heads_per_wave(10, 35, 8, 2) == 3
+    assert heads_per_wave(100, 10, 8, 3) == 4, "two waves of four, not three of which one is short"
+    assert heads_per_wave(100, 10, 8, 100) == 8
+    causal = device_stream(Plan.dense(1, 16384, 16384, causal=True), Tiling(128, 64, transposed=True), torch.device("cpu"))
+    # The longest of 128 items is twice the mean: a head's items on 132 multiprocessors take half as long as that one.
+    assert least_heads(causal, 132) == 3
+    assert least_heads(device_stream(Plan([], 10, 0), Tiling(128, 64), torch.device("cpu")), 132) == 0
+
+
+def test_the_fused_backward_serves_long_rows_unless_another_kernel_is_asked_for() -> None:
+    long, short = float(FUSED_LEAST_KEYS), FUSED_LEAST_KEYS - 1.0
+    fused = select_fused(PROBLEM, H200, long)
+    assert fused is not None
+    assert fused.config.kernel == FUSED_KERNEL
+    assert select_fused(PROBLEM, H200, short) is None
+    assert select_fused(PROBLEM, target("sm_80"), long) is None
+    assert select_fused(Problem(96, 96, 16), H200, long) is None
+    for kernels in (DKDV_KERNELS, DQ_KERNELS):
+        for kernel in kernels:
+            with override(select(kernel, PROBLEM, H200).config):
+                assert select_fused(PROBLEM, H200, long) is None, kernel
+    with override(fused.config):
+        assert select_fused(PROBLEM, H200, short) == Choice(fused.config, "override")
+        with pytest.raises(InvalidConfig):
+            select_fused(PROBLEM, target("sm_80"), long)
 
 
 def test_delta_is_overridable_like_the_others() -> None:

@@ -26,7 +26,9 @@ from weft_attn.launch.config import (
     CONFIGS,
     CombineConfig,
     DeltaConfig,
+    FinishDqConfig,
     ForwardConfig,
+    HopperBackwardConfig,
     HopperBackwardDkdvConfig,
     HopperConfig,
     HopperForwardConfig,
@@ -208,6 +210,7 @@ def call_of(variant: Variant) -> KernelCall:
     from weft_attn.kernels.triton.backward_dq import backward_dq_call
     from weft_attn.kernels.triton.combine import combine_call
     from weft_attn.kernels.triton.delta import delta_call
+    from weft_attn.kernels.triton.finish_dq import finish_dq_call
     from weft_attn.kernels.triton.forward import forward_call
 
     def empty(*shape: int, dtype: torch.dtype = variant.dtype) -> torch.Tensor:
@@ -215,6 +218,7 @@ def call_of(variant: Variant) -> KernelCall:
 
     config, dim, has_all = variant.config, variant.head_dim, variant.all_features
     rows, keys = empty(TOKENS, HEADS, dim), empty(TOKENS, KV_HEADS, dim)
+    dq_sum = empty(HEADS, TOKENS, dim, dtype=torch.float32)
     statistics = empty(HEADS, TOKENS, dtype=torch.float32)
     sinks = empty(HEADS, dtype=torch.float32) if has_all else None
     table = empty(100, 8, dtype=torch.int32)
@@ -262,10 +266,13 @@ def call_of(variant: Variant) -> KernelCall:
             dlse=statistics if has_all else None,
             delta=statistics,
             lse_log2=statistics,
+            dq_sum=dq_sum if has_all else None,
             config=config,
         )
+    if isinstance(config, FinishDqConfig):
+        return finish_dq_call(dq_sum=dq_sum, dq=rows, softmax_scale=dim**-0.5, config=config)
     if isinstance(config, HopperConfig):
-        return _hopper_call(config, rows, keys, sinks, statistics, gradient, empty(2, dtype=torch.int32), backward)
+        return _hopper_call(config, rows, keys, sinks, statistics, gradient, dq_sum, empty(2, dtype=torch.int32), backward)
     if config.kernel == "backward_dkdv":
         return backward_dkdv_call(dk=gradient, dv=gradient, **backward)
     return backward_dq_call(dq=rows, **backward)
@@ -278,10 +285,11 @@ def _hopper_call(
     sinks: torch.Tensor | None,
     statistics: torch.Tensor,
     gradient: torch.Tensor,
+    dq_sum: torch.Tensor,
     counter: torch.Tensor,
     backward: dict[str, Any],
 ) -> KernelCall:
-    from weft_attn.kernels.hopper.backward_dkdv import hopper_backward_dkdv_call
+    from weft_attn.kernels.hopper.backward import hopper_backward_call
     from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
     from weft_attn.kernels.hopper.forward import hopper_forward_call
 
@@ -290,8 +298,9 @@ def _hopper_call(
         names = ("items", "runs", "n_items", "softmax_scale", "softcap", "config", "heads_per_wave")
         stream = {name: backward[name] for name in names}
         return hopper_forward_call(q=rows, k=keys, v=keys, sinks=sinks, out=rows, lse=statistics, **grid, **stream)
-    if isinstance(config, HopperBackwardDkdvConfig):
-        return hopper_backward_dkdv_call(dk=gradient, dv=gradient, **grid, **backward)
+    if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
+        summed = dq_sum if isinstance(config, HopperBackwardConfig) else None
+        return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, **grid, **backward)
     return hopper_backward_dq_call(dq=rows, **grid, **backward)
 
 

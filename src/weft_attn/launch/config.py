@@ -154,6 +154,19 @@ class HopperForwardConfig(HopperConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HopperBackwardConfig(HopperConfig):
+    """All gradients on Hopper in one kernel, which is not deterministic: 128 keys against query tiles of `block_q`."""
+
+    kernel: ClassVar[str] = "hopper_backward"
+
+    block_q: int
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        return self.rows_per_item, self.block_q
+
+
+@dataclass(frozen=True, kw_only=True)
 class HopperBackwardDkdvConfig(HopperConfig):
     """dK and dV on Hopper: 128 keys against query tiles of `block_q`."""
 
@@ -197,6 +210,15 @@ class DeltaConfig(LaunchConfig):
     block_rows: int = 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishDqConfig(LaunchConfig):
+    """Summed dQ to its dtype: `block_rows` rows of one head a program."""
+
+    kernel: ClassVar[str] = "finish_dq"
+
+    block_rows: int = 64
+
+
 CONFIGS: dict[str, type[LaunchConfig]] = {
     c.kernel: c
     for c in (
@@ -205,7 +227,9 @@ CONFIGS: dict[str, type[LaunchConfig]] = {
         BackwardDqConfig,
         CombineConfig,
         DeltaConfig,
+        FinishDqConfig,
         HopperForwardConfig,
+        HopperBackwardConfig,
         HopperBackwardDkdvConfig,
         HopperBackwardDqConfig,
     )

@@ -12,6 +12,7 @@ from weft_attn.launch.config import (
     BackwardDkdvConfig,
     BackwardDqConfig,
     ForwardConfig,
+    HopperBackwardConfig,
     HopperBackwardDkdvConfig,
     HopperBackwardDqConfig,
     HopperConfig,
@@ -99,8 +100,13 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
     if isinstance(config, HopperForwardConfig):
         # The result has room of its own where q's is given to the next item.
         return own * (2 if config.q_in_registers else 1) + config.num_stages * 2 * config.block_k * row
-    if isinstance(config, HopperBackwardDkdvConfig):
-        return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
+    if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
+        streamed = config.num_stages * config.block_q * (2 * row + 8)
+        if isinstance(config, HopperBackwardDkdvConfig):
+            return 2 * own + streamed
+        # dS of two steps, and a query tile's dQ in float32 on its way out.
+        exchanged = 2 * config.rows_per_item * config.block_q * (shape.dtype_bits // 8) + config.block_q * shape.head_dim * 4
+        return 2 * own + streamed + exchanged
     assert isinstance(config, HopperBackwardDqConfig)
     return 2 * own + config.num_stages * 2 * config.block_k * row
 
@@ -117,7 +123,7 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
         return config.block_k * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperForwardConfig):
         return config.rows_per_item // 2 * (dv + config.block_k) // threads
-    if isinstance(config, HopperBackwardDkdvConfig):
+    if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
         return config.rows_per_item // 2 * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperBackwardDqConfig):
         return config.rows_per_item // 2 * (d + 2 * config.block_k) // threads

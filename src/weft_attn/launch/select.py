@@ -27,6 +27,10 @@ MANY_ROWS = 0
 FORWARD_KERNELS = ("hopper_forward", "forward")
 DKDV_KERNELS = ("hopper_backward_dkdv", "backward_dkdv")
 DQ_KERNELS = ("hopper_backward_dq", "backward_dq")
+# All gradients in one kernel, five products instead of seven, where the order of dQ's sums need not be fixed.
+FUSED_KERNEL = "hopper_backward"
+# Keys that a query sees in the mean, from which on the two products saved outweigh that dQ is summed in memory in float32.
+FUSED_LEAST_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,22 @@ def select_first(kernels: tuple[str, ...], problem: Problem, device: Device) -> 
         if choice is not None:
             return choice
     return select(kernels[-1], problem, device)
+
+
+def select_fused(problem: Problem, device: Device, keys_per_query: float) -> Choice | None:
+    """The config of the kernel that computes all gradients, or None where the kernels for each of them run instead.
+
+    Args:
+        keys_per_query: visible keys of a query row, in the mean.
+
+    Raises:
+        InvalidConfig: an override that the device cannot hold.
+    """
+    if FUSED_KERNEL in _overrides:
+        return select(FUSED_KERNEL, problem, device)
+    if keys_per_query < FUSED_LEAST_KEYS or any(kernel in _overrides for kernel in (*DKDV_KERNELS, *DQ_KERNELS)):
+        return None
+    return _search_tables(FUSED_KERNEL, problem, device)[0]
 
 
 def tma_usable(problem: Problem, device: Device) -> bool:

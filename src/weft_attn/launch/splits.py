@@ -9,7 +9,7 @@ from weft_attn.launch.device import Device
 from weft_attn.launch.select import FORWARD_KERNELS, Choice, Problem, select, select_first
 from weft_attn.plan.cost import steps_of
 from weft_attn.plan.slices import Plan
-from weft_attn.plan.stream import Tiling, count_items
+from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 
 # Below this share of the multiprocessors, programs are too few: pack heads and split the keys.
 OCCUPIED = 0.8
@@ -57,6 +57,13 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     return ForwardCut(choice, config, pack, Tiling(rows, config.block_k, max_tiles))
 
 
-def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
-    """Heads whose streamed tensors fit `wave_bytes` together, at least one."""
-    return max(1, min(heads, wave_bytes // max(1, bytes_per_head)))
+def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int, least: int = 1) -> int:
+    """Heads whose streamed tensors fit `wave_bytes` together, or `least` where that is more, in waves of nearly equal size."""
+    fitting = max(1, wave_bytes // max(1, bytes_per_head))
+    waves = -(-heads // fitting) if fitting >= least else max(1, heads // least)
+    return -(-heads // waves)
+
+
+def least_heads(stream: DeviceStream, multiprocessors: int) -> int:
+    """Heads of a wave that takes as long as its longest item: with fewer, that item of the last wave would end long after the rest."""
+    return -(-multiprocessors * stream.longest // max(1, stream.tiles))

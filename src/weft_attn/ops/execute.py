@@ -7,6 +7,7 @@ What a pass decides is kept with the plan as a recipe (recipes.py).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,17 @@ import torch
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, StreamConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Problem, select, select_first
-from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave
+from weft_attn.launch.select import (
+    DKDV_KERNELS,
+    DQ_KERNELS,
+    FUSED_KERNEL,
+    Choice,
+    Problem,
+    select,
+    select_first,
+    select_fused,
+)
+from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, least_heads
 from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -96,7 +106,7 @@ def attention_into(
     plan: Plan,
     softmax_scale: float,
     softcap: float,
-    deterministic: bool,  # noqa: ARG001 (the portable forward is deterministic either way)
+    deterministic: bool,  # noqa: ARG001 (every forward is deterministic)
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
@@ -217,21 +227,20 @@ class PreparedBackward:
     wave: int
 
 
-def prepare_backward(
-    kernels: tuple[str, ...], plan: Plan, problem: Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> PreparedBackward:
-    """As `prepare_forward`, for DKDV_KERNELS or DQ_KERNELS."""
-    config = select_first(kernels, problem, device_of(q.device)).config
+def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> PreparedBackward:
+    """As `prepare_forward`, for a kernel that was chosen."""
+    config = choice.config
     assert isinstance(config, StreamConfig | HopperConfig)
     group = q.shape[1] // k.shape[1]
-    if kernels == DKDV_KERNELS:
-        tiling = Tiling(*config.cut, transposed=True)
-        bytes_per_head = q.shape[0] * (q.shape[2] + v.shape[2]) * q.element_size() * group
-        wave = heads_per_wave(bytes_per_head, config.wave_bytes, k.shape[1])
-    else:
-        tiling = Tiling(*config.cut)
-        wave = _wave(config, k, v, 1, k.shape[1]) * group
-    return PreparedBackward(config, device_stream(plan, tiling, q.device), wave)
+    if config.kernel in DQ_KERNELS:
+        stream = device_stream(plan, Tiling(*config.cut), q.device)
+        return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group)
+    is_fused = config.kernel == FUSED_KERNEL
+    stream = device_stream(plan, Tiling(*config.cut, transposed=True, masks_ragged=is_fused), q.device)
+    bytes_per_row = (q.shape[2] + v.shape[2]) * q.element_size() + (4 * q.shape[2] if is_fused else 0)
+    least = least_heads(stream, device_of(q.device).multiprocessors)
+    wave = heads_per_wave(q.shape[0] * bytes_per_row * group, config.wave_bytes, k.shape[1], least)
+    return PreparedBackward(config, stream, wave)
 
 
 def attention_backward_into(
@@ -246,7 +255,7 @@ def attention_backward_into(
     plan: Plan,
     softmax_scale: float,
     softcap: float,
-    deterministic: bool,  # noqa: ARG001 (the portable backward is deterministic either way)
+    deterministic: bool,
     dq: torch.Tensor | None,
     dk: torch.Tensor | None,
     dv: torch.Tensor | None,
@@ -275,9 +284,9 @@ def attention_backward_into(
     )  # fmt: skip
 
     def make() -> Recipe:
-        return _backward_recipe(plan, tensors, softmax_scale, softcap)
+        return _backward_recipe(plan, tensors, softmax_scale, softcap, deterministic)
 
-    tensors = run_recipe(plan, ("backward", softmax_scale, softcap), tensors, q.device, make)
+    tensors = run_recipe(plan, ("backward", softmax_scale, softcap, deterministic), tensors, q.device, make)
     if sinks is None:
         return None
     delta = tensors["delta"]
@@ -285,21 +294,16 @@ def attention_backward_into(
     return _sink_gradient(sinks, lse, delta[0, : lse.numel()].view(lse.shape))
 
 
-def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
-    from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
-    from weft_attn.kernels.triton.backward_dq import backward_dq_call
+def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float, deterministic: bool) -> Recipe:
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, stats_shape
 
-    q, k, v, dout = tensors["q"], tensors["k"], tensors["v"], tensors["dout"]
+    q, k, v, dout, dq = tensors["q"], tensors["k"], tensors["v"], tensors["dout"], tensors["dq"]
     heads, total_q = q.shape[1], q.shape[0]
-    # One problem for both kernels, so that both are chosen alike. The copy engine counts elements in int32.
+    device = device_of(q.device)
+    # One problem for all kernels, so that they are chosen alike. The copy engine counts elements in int32.
     describable = _describable(q, k, v, dout) and SHIFTED_COPIES * heads * total_q < 2**31
     problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
-    delta_config = select("delta", problem, device_of(q.device)).config
-    copies = 1
-    persistent = False
-    streams: list[DeviceStream] = []
-    steps: list[Step] = []
+    delta_config = select("delta", problem, device).config
 
     def delta(t: Any) -> KernelCall:
         return delta_call(
@@ -309,14 +313,50 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             dlse=t["dlse"],
             delta=t["delta"],
             lse_log2=t["lse_log2"],
+            dq_sum=t.get("dq_sum"),
             config=delta_config,
         )
 
-    if total_q:
-        steps.append(Step(delta))
+    wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
+    fused = None
+    if wants_dkdv and wants_dq and not deterministic:
+        fused = select_fused(problem, device, plan.pairs / total_q)
+    chosen = [fused] if fused else []
+    if wants_dkdv and not fused:
+        chosen.append(select_first(DKDV_KERNELS, problem, device))
+    if wants_dq and not fused:
+        chosen.append(select_first(DQ_KERNELS, problem, device))
+    prepared = [prepare_backward(choice, plan, q, k, v) for choice in chosen]
+    steps = [Step(delta)] if total_q else []
+    steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
+    by_copy_engine = any(p.config.kernel not in DQ_KERNELS and _reads_statistics_in_boxes(p.config) for p in prepared)
+    stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
+    scratch: dict[str, tuple[int, ...]] = dict(delta=stats, lse_log2=stats)
+    if fused:
+        from weft_attn.kernels.triton.finish_dq import finish_dq_call
 
-    def shared(t: Any, prepared: PreparedBackward) -> dict[str, Any]:
-        return dict(
+        finish_config = select("finish_dq", problem, device).config
+        scratch["dq_sum"] = (heads, total_q, q.shape[2])
+        steps.append(
+            Step(lambda t: finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, config=finish_config))
+        )
+    is_persistent = any(isinstance(each.config, HopperConfig) for each in prepared)
+    return Recipe([each.stream for each in prepared], scratch, steps, Counter() if is_persistent else None)
+
+
+def _reads_statistics_in_boxes(config: StreamConfig | HopperConfig) -> bool:
+    """Whether a kernel that walks by keys reads row statistics through the copy engine, from shifted copies."""
+    return isinstance(config, HopperConfig) or config.use_tma
+
+
+def _gradient_step(
+    prepared: PreparedBackward, softmax_scale: float, softcap: float, multiprocessors: int
+) -> Callable[[Any], KernelCall]:
+    """What puts together the launch of a kernel for dK and dV, for dQ, or for all of them."""
+    kernel = prepared.config.kernel
+
+    def make(t: Any) -> KernelCall:
+        shared = dict(
             q=t["q"],
             k=t["k"],
             v=t["v"],
@@ -331,33 +371,22 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             softcap=softcap,
             config=prepared.config,
         )
+        if not isinstance(prepared.config, HopperConfig):
+            from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
+            from weft_attn.kernels.triton.backward_dq import backward_dq_call
 
-    def of_grid(t: Any) -> dict[str, Any]:
-        return dict(counter=t["counter"], multiprocessors=device_of(q.device).multiprocessors)
+            if kernel in DQ_KERNELS:
+                return backward_dq_call(**shared, dq=t["dq"])
+            return backward_dkdv_call(**shared, dk=t["dk"], dv=t["dv"])
+        from weft_attn.kernels.hopper.backward import hopper_backward_call
+        from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
 
-    if tensors["dk"] is not None and k.shape[0]:
-        dkdv = prepare_backward(DKDV_KERNELS, plan, problem, q, k, v)
-        streams.append(dkdv.stream)
-        if isinstance(dkdv.config, HopperConfig):
-            from weft_attn.kernels.hopper.backward_dkdv import hopper_backward_dkdv_call
+        shared |= dict(counter=t["counter"], multiprocessors=multiprocessors)
+        if kernel in DQ_KERNELS:
+            return hopper_backward_dq_call(**shared, dq=t["dq"])
+        return hopper_backward_call(**shared, dk=t["dk"], dv=t["dv"], dq_sum=t["dq_sum"] if kernel == FUSED_KERNEL else None)
 
-            copies, persistent = SHIFTED_COPIES, True
-            steps.append(Step(lambda t: hopper_backward_dkdv_call(**shared(t, dkdv), **of_grid(t), dk=t["dk"], dv=t["dv"], dq_sum=None)))
-        else:
-            copies = SHIFTED_COPIES if dkdv.config.use_tma else 1
-            steps.append(Step(lambda t: backward_dkdv_call(**shared(t, dkdv), dk=t["dk"], dv=t["dv"])))
-    if tensors["dq"] is not None and total_q:
-        rows = prepare_backward(DQ_KERNELS, plan, problem, q, k, v)
-        streams.append(rows.stream)
-        if isinstance(rows.config, HopperConfig):
-            from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
-
-            persistent = True
-            steps.append(Step(lambda t: hopper_backward_dq_call(**shared(t, rows), **of_grid(t), dq=t["dq"])))
-        else:
-            steps.append(Step(lambda t: backward_dq_call(**shared(t, rows), dq=t["dq"])))
-    shape = stats_shape(heads, total_q, copies)
-    return Recipe(streams, dict(delta=shape, lse_log2=shape), steps, Counter() if persistent else None)
+    return make
 
 
 def _sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class DeviceStream:
-    """A `Stream` on a device, int32 tensors, copied there in the order of the CUDA stream `made_on`."""
+    """A `Stream` on a device, int32 tensors, copied there in the order of the CUDA stream `made_on`.
+
+    Attributes:
+        tiles: column tiles of all items together.
+        longest: column tiles of the longest item.
+    """
 
     items: torch.Tensor
     runs: torch.Tensor
@@ -79,6 +84,8 @@ class DeviceStream:
     n_items: int
     n_combines: int
     slots: int
+    tiles: int
+    longest: int
     made_on: torch.cuda.Stream | None = None
     copied: torch.cuda.Event | None = None
 
@@ -129,7 +136,14 @@ def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
     for part in parts:
         tensors.append(flat[at : at + part.size].view(part.shape))
         at += part.size
-    counts = dict(n_items=len(stream.items), n_combines=len(stream.combines), slots=stream.slots)
+    tiles = stream.items[:, ITEM_FIELDS.index("interior_tiles")] + stream.items[:, ITEM_FIELDS.index("edge_tiles")]
+    counts = dict(
+        n_items=len(stream.items),
+        n_combines=len(stream.combines),
+        slots=stream.slots,
+        tiles=int(tiles.sum()),
+        longest=int(tiles.max(initial=0)),
+    )
     return DeviceStream(*tensors, **counts, made_on=made_on, copied=copied)
 
 

@@ -6,6 +6,8 @@
 out, dout (Tq, Hq, Dv); lse, dlse (Hq, Tq) float32, natural log. delta, lse_log2 (COPIES, padded Hq * Tq) float32, each copy the
 flattened (Hq, Tq). The copy engine reads from multiples of 16 bytes only, but documents begin at any row: so copy c of four holds
 the statistics shifted by c rows, and a tile that begins at element x is read from copy x % 4. Deterministic.
+
+On the way it zeroes dq_sum (Hq, Tq, D) float32, where a later kernel adds to one.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def attention_delta_kernel(
     dlse_ptr,
     delta_ptr,
     lse_log2_ptr,
+    dq_sum_ptr,
     stride_ot,
     stride_oh,
     stride_dot,
@@ -39,6 +42,8 @@ def attention_delta_kernel(
     stride_copy,
     total_q,
     n_heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     HEAD_DIM_V_PADDED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -65,6 +70,11 @@ def attention_delta_kernel(
         shifted = copy * stride_copy + element - copy
         tl.store(delta_ptr + shifted, delta, mask=row_mask & (element >= copy))
         tl.store(lse_log2_ptr + shifted, lse_log2, mask=row_mask & (element >= copy))
+    if dq_sum_ptr is not None:
+        dims = tl.arange(0, HEAD_DIM_PADDED)
+        zeros = tl.zeros([BLOCK_ROWS, HEAD_DIM_PADDED], tl.float32)
+        places = dq_sum_ptr + element[:, None] * HEAD_DIM + dims[None, :]
+        tl.store(places, zeros, mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 # Elements of float32 in the copy engine's 16 bytes.
@@ -84,6 +94,7 @@ def delta_call(
     dlse: torch.Tensor | None,
     delta: torch.Tensor,
     lse_log2: torch.Tensor,
+    dq_sum: torch.Tensor | None,
     config: Any,
 ) -> KernelCall:
     """The delta launch.
@@ -91,6 +102,7 @@ def delta_call(
     Args:
         out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
         delta, lse_log2: of `stats_shape` with 1 copy or SHIFTED_COPIES, written.
+        dq_sum: as in the module's text, contiguous; None: there is none.
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape
@@ -104,6 +116,7 @@ def delta_call(
             dlse_ptr=dlse,
             delta_ptr=delta,
             lse_log2_ptr=lse_log2,
+            dq_sum_ptr=dq_sum,
             stride_ot=out.stride(0),
             stride_oh=out.stride(1),
             stride_dot=dout.stride(0),
@@ -116,6 +129,8 @@ def delta_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
+            HEAD_DIM=0 if dq_sum is None else dq_sum.shape[2],
+            HEAD_DIM_PADDED=0 if dq_sum is None else padded_head_dim(dq_sum.shape[2]),
             HEAD_DIM_V=head_dim_v,
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),
             BLOCK_ROWS=config.block_rows,
