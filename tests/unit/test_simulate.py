@@ -129,46 +129,31 @@ def test_predicted_bytes_and_groups_are_what_the_collectives_send(world_size: in
     found = simulate.predict(workload, simulate.Hardware(measured(head_dim=16)))
     batch = sharded_batch(layout, workload.cu_seqlens.tobytes(), 1, world_size)
     ranks = CountingRanks(None, 1, world_size)
-    call = Call(batch.plan(True, None), ranks, batch.rank_stride, -(-4 // found.groups), 1.0, 0.0, False, False, torch.float32)
+    largest, in_turn = (4, None) if max_gather_bytes is None else (1, 2)
+    call = Call(
+        plan=batch.plan(True, None),
+        ranks=ranks,
+        rank_stride=batch.rank_stride,
+        groups=found.groups,
+        largest=largest,
+        in_turn=in_turn,
+        softmax_scale=1.0,
+        softcap=0.0,
+        deterministic=False,
+        keep_gathered=False,
+        grad_reduce_dtype=torch.float32,
+    )
     q = torch.randn(batch.local, 8, 16, dtype=model.dtype, requires_grad=True)
     k, v = (torch.randn(batch.local, 4, 16, dtype=model.dtype, requires_grad=True) for _ in range(2))
     out, _ = gathered_attention(q, k, v, None, call)
-    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": found.groups}
+    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": len(found.groups.forward)}
     out.sum().backward()
     received = ranks.received[ALL_GATHER] + ranks.received[REDUCE_SCATTER]
     assert received == found.gathered_bytes + found.backward_bytes
-    assert found.groups == (2 if max_gather_bytes is None else 4)
+    assert len(found.groups.backward) == (2 if max_gather_bytes is None else 4)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------------
-
-
-def scheduled_ms(groups: int, kernels: float, gather: float, reduce: float | None) -> float:
-    """Two queues, compute and communication, filled in the order of the code; a collective waits for what was queued before."""
-    compute = link = 0.0
-    gathered, reduced = {}, {}
-    link = gathered[0] = gather
-    for group in range(groups):
-        compute = max(compute, gathered[group])
-        if group + 1 < groups:
-            link = gathered[group + 1] = max(link, compute) + gather
-        compute += kernels
-        if reduce is not None:
-            link = reduced[group] = max(link, compute) + reduce
-            if group > 0:
-                compute = max(compute, reduced[group - 1])
-    return max(compute, reduced[groups - 1]) if reduce is not None else compute
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3, 8])
-@pytest.mark.parametrize(("kernels", "gather", "reduce"), [(5.0, 1.0, 2.0), (2.0, 3.0, 6.0), (4.0, 3.0, 2.0), (0.0, 1.0, 1.0)])
-def test_the_schedules_formula_is_the_schedule(groups: int, kernels: float, gather: float, reduce: float):
-    assert simulate.overlapped_forward_ms(groups, kernels, gather) == scheduled_ms(groups, kernels, gather, None)
-    predicted, exact = (
-        simulate.overlapped_backward_ms(groups, kernels, gather, reduce),
-        scheduled_ms(groups, kernels, gather, reduce),
-    )
-    assert predicted == pytest.approx(exact)
 
 
 def test_times_follow_from_rates():
@@ -184,8 +169,11 @@ def test_times_follow_from_rates():
     reduced = found.backward_bytes - found.gathered_bytes
     assert reduced == 2 * found.gathered_bytes
     assert found.backward.communication_ms == pytest.approx(found.gathered_bytes / 100e6 + reduced / 50e6)
-    # Two groups: half of the gather is exposed.
-    assert found.forward.exposed_ms == pytest.approx(found.forward.communication_ms / 2)
+    # Gathers of the other groups are hidden by the first, the reduce-scatters of all but the last by those that follow.
+    first, last = found.groups.forward[0], found.groups.backward[-1]
+    assert found.forward.exposed_ms == pytest.approx(found.forward.communication_ms * first.stop / 8)
+    gathered = found.groups.backward[0].stop / 8 * found.gathered_bytes / 100e6
+    assert found.backward.exposed_ms == pytest.approx(gathered + (last.stop - last.start) / 8 * reduced / 50e6)
 
 
 def test_beyond_a_node_the_network_counts_and_without_one_every_link_is_as_measured():
