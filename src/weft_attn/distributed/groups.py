@@ -3,14 +3,13 @@
 In the model a GPU computes and its links carry side by side, each in the order of the code (gathered.py). For a group of n KV heads
 
     gather     n * gather, once its buffer is free
-    attention  STARTUP + n * attention + TAIL * item, and no less than `shortest`; once the group is gathered
+    attention  STARTUP + n * attention + tail, and no less than `shortest`; once the group is gathered
     reduce     n * reduce, in a backward, after the group's attention
 
 with the times of one KV head on a rank: of its attention, of the gather of its keys and values, of the reduce-scatter of their
-gradients, and of one work item, the tile of rows that a multiprocessor works on at a time. Three things follow. What comes before the
-first attention and after the last is hidden by nothing, so those groups are small. A small group hides little, so that what runs
-beside it is no longer than its attention. And every group costs a launch, at whose end multiprocessors wait for each other, so there
-are few, and none so small that its items do not fill the GPU.
+gradients. Three things follow. What comes before the first attention and after the last is hidden by nothing, so those groups are
+small. A small group hides little, so that what runs beside it is no longer than its attention. And every group costs a launch, at
+whose end multiprocessors wait for each other, so there are few, and none so small that its work items do not fill the GPU.
 
 Only ratios of those times decide, so constants of one GPU serve others. There are two groups at least, whatever the model says: with one,
 all transfers would be exposed where links are slower than its own.
@@ -31,13 +30,29 @@ FLOPS_PER_MS = 6.0e11
 BYTES_PER_MS = 2.2e8
 # A launch and a collective until they work, milliseconds.
 STARTUP = 0.02
-# Multiprocessors, and rows of a work item.
+# Multiprocessors, and rows of a work item: a tile of rows of one head, what a multiprocessor works on at a time.
 PROGRAMS = 132
 ITEM_ROWS = 128
-# In work items: what the end of a launch leaves idle, and how long a group's attention is at least. Under a causal mask the longest
-# item is twice the mean; a backward's group is several launches, of key tiles that carry all query heads that share them.
-TAIL = 0.125
-SHORTEST_FORWARD, SHORTEST_BACKWARD = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a group's launches cost beside their work, in work items of the mean length.
+
+    Attributes:
+        tail: what the end leaves idle.
+        shortest: how long they take at least, however few heads there are.
+    """
+
+    tail: float
+    shortest: float
+
+
+# A forward's items end with the shortest, of which many fit where one long one did. The longest is twice the mean under a causal mask.
+FORWARD_LAUNCH = Launch(tail=0.125, shortest=2.0)
+# A backward's are long: key tiles of all query heads that share them. A program takes its next one when it begins the one before, and
+# so holds it while others are idle. 0.125 and 3.0 if it were to take it when it is free.
+BACKWARD_LAUNCH = Launch(tail=1.0, shortest=5.0)
 
 
 @dataclass(frozen=True)
@@ -45,12 +60,12 @@ class HeadTimes:
     """Milliseconds of one KV head in a pass on a rank, as far as the same on every rank.
 
     Attributes:
-        attention: its kernels; item: one of their work items; shortest: the attention of a group, however few its heads are.
+        attention: of its kernels; tail, shortest: as `Launch`, of a group however many heads it has.
         gather, reduce: of its keys and values, and of their gradients (0 in a forward).
     """
 
     attention: float
-    item: float
+    tail: float
     shortest: float
     gather: float
     reduce: float = 0.0
@@ -90,14 +105,14 @@ def head_times(
     elements = (world_size - 1) * rank_stride * head_dims
     gather, reduce = (elements * each / BYTES_PER_MS for each in (element_bytes, gradient_bytes))
 
-    def times(attention: float, rows: int, shortest: float, reduce: float) -> HeadTimes:
+    def times(attention: float, rows: int, launch: Launch, reduce: float) -> HeadTimes:
         item = attention * PROGRAMS / max(1, -(-rows // ITEM_ROWS))
-        return HeadTimes(attention, item, shortest * item, gather, reduce)
+        return HeadTimes(attention, launch.tail * item, launch.shortest * item, gather, reduce)
 
     # A forward's items are query tiles of each query head, a backward's key tiles with all query heads that share them.
     return (
-        times(attention, heads_each * rank_stride, SHORTEST_FORWARD, 0.0),
-        times(BACKWARD_OVER_FORWARD * attention, world_size * rank_stride, SHORTEST_BACKWARD, reduce),
+        times(attention, heads_each * rank_stride, FORWARD_LAUNCH, 0.0),
+        times(BACKWARD_OVER_FORWARD * attention, world_size * rank_stride, BACKWARD_LAUNCH, reduce),
     )
 
 
@@ -126,7 +141,7 @@ def head_groups(
 def pass_ms(sizes: Sequence[int], in_turn: int | None, times: HeadTimes) -> float:
     """Milliseconds of a pass over groups of so many heads each, by the model."""
     return overlapped_ms(
-        [STARTUP + max(n * times.attention + TAIL * times.item, times.shortest) for n in sizes],
+        [STARTUP + max(n * times.attention + times.tail, times.shortest) for n in sizes],
         [n * times.gather for n in sizes],
         [n * times.reduce for n in sizes],
         in_turn,
