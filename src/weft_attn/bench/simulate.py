@@ -20,7 +20,7 @@ from weft_attn.bench.group_ways import BOTH, COMMUNICATION, KERNELS, WEFT
 from weft_attn.bench.rates import ALL_GATHER, GPUS_PER_NODE, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import GroupRecord
 from weft_attn.bench.workload import Workload
-from weft_attn.distributed.groups import Groups, head_groups, head_times, overlapped_ms
+from weft_attn.distributed.groups import head_groups, head_times, overlapped_ms
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.build import concat_lengths
@@ -95,7 +95,8 @@ class Prediction:
         rank_tokens, pairs: most rows of a rank; visible pairs of all.
         balance: most pairs of a rank over the mean.
         gathered_bytes: received by a rank in the forward; backward_bytes: received in the backward, gathers and reductions.
-        memory_bytes: extra memory of the worst moment; groups: of KV heads.
+        memory_bytes: extra memory of the worst moment.
+        forward_groups, backward_groups: KV heads of each group, in order of work.
         forward, backward: times of the passes.
     """
 
@@ -106,7 +107,8 @@ class Prediction:
     gathered_bytes: int
     backward_bytes: int
     memory_bytes: int
-    groups: Groups
+    forward_groups: tuple[int, ...]
+    backward_groups: tuple[int, ...]
     forward: PassTime
     backward: PassTime
 
@@ -125,10 +127,10 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
     _require_rates(workload, hardware)
     tokens, pairs = work_by_rank(workload)
     memory = _memory(workload, int(tokens.max()))
-    groups = _groups(workload, int(tokens.max()), int(pairs.sum()), memory)
+    sizes = _group_sizes(workload, int(tokens.max()), int(pairs.sum()), memory)
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
-    forward, backward = _times(workload, hardware, tokens, pairs, groups, memory.in_turn, *shares)
+    forward, backward = _times(workload, hardware, tokens, pairs, sizes, memory.in_turn, *shares)
     return Prediction(
         workload=workload,
         rank_tokens=int(tokens.max()),
@@ -137,7 +139,8 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         gathered_bytes=shares[0] * (world_size - 1),
         backward_bytes=sum(shares) * (world_size - 1),
         memory_bytes=memory.backward,
-        groups=groups,
+        forward_groups=sizes[0],
+        backward_groups=sizes[1],
         forward=forward,
         backward=backward,
     )
@@ -160,7 +163,8 @@ def _memory(workload: Workload, rank_stride: int) -> Memory:
         raise InvalidInput(f"on {workload.world_size} ranks: {error}") from None
 
 
-def _groups(workload: Workload, rank_stride: int, pairs: int, memory: Memory) -> Groups:
+def _group_sizes(workload: Workload, rank_stride: int, pairs: int, memory: Memory) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """KV heads of the forward's and of the backward's groups."""
     model = workload.model
     times = head_times(
         world_size=workload.world_size,
@@ -171,7 +175,9 @@ def _groups(workload: Workload, rank_stride: int, pairs: int, memory: Memory) ->
         element_bytes=model.dtype.itemsize,
         gradient_bytes=GRADIENT_BYTES,
     )
-    return head_groups(model.kv_heads, memory.largest, memory.in_turn, False, *times)
+    groups = head_groups(model.kv_heads, memory.largest, memory.in_turn, False, *times)
+    forward, backward = (tuple(one.stop - one.start for one in of_pass) for of_pass in (groups.forward, groups.backward))
+    return forward, backward
 
 
 def work_by_rank(workload: Workload) -> tuple[IntArray, IntArray]:
@@ -191,7 +197,7 @@ def _times(
     hardware: Hardware,
     tokens: IntArray,
     pairs: IntArray,
-    groups: Groups,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
     in_turn: int | None,
     gather_bytes: int,
     reduce_bytes: int,
@@ -199,8 +205,7 @@ def _times(
     """Of a forward and a backward; `gather_bytes` and `reduce_bytes` are a rank's of all heads."""
     world_size, kv_heads = workload.world_size, workload.model.kv_heads
     found = []
-    for pass_name, of_pass, reduced in zip(PASSES, (groups.forward, groups.backward), (0, reduce_bytes), strict=True):
-        heads = [group.stop - group.start for group in of_pass]
+    for pass_name, heads, reduced in zip(PASSES, sizes, (0, reduce_bytes), strict=True):
         kernels = [float(kernels_ms(workload, hardware.rates, pass_name, tokens, pairs, n).max()) for n in heads]
         gathers, reduces = (
             [hardware.collective_ms(operation, n / kv_heads * share, world_size) if share else 0.0 for n in heads]
