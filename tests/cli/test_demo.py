@@ -207,11 +207,14 @@ def verdicts(rank: int, world_size: int) -> dict[str, bool]:
     """In a rank: the verdict of a short run with each error planted."""
     from weft_attn.demo import run
 
+    # What an environment may have chosen; the runs undo it.
+    torch.set_float32_matmul_precision("medium")
     found = {}
     with mock.patch.object(run, "draw_run"):
         for name in PLANTS:
             with planted(name):
                 found[name] = run.run_group(make_setup(world_size), torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == "highest"
     return found
 
 

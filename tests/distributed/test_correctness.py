@@ -26,7 +26,7 @@ def random_case(seed: int) -> ParallelCase:
         attention=Case(heads=4, kv_heads=draw.choice((1, 2, 4)), head_dim_v=24, sinks=draw.random() < 0.5, seed=seed),
         causal=draw.random() < 0.7,
         window=draw.choice((None, (draw.randrange(12), None), (draw.randrange(12), draw.randrange(12)))),
-        heads_per_group=draw.choice((None, 1)),
+        heads_per_group=draw.choice((None, 1, 2)),
         keep_gathered=draw.random() < 0.3,
     )
 
@@ -41,6 +41,12 @@ CASES = [
             ParallelCase(layout, attention=EVERYTHING, window=(9, None)),
             ParallelCase(layout, attention=EVERYTHING, heads_per_group=1),
             ParallelCase(layout, attention=EVERYTHING, heads_per_group=1, keep_gathered=True),
+            # Uneven groups, a small one first, last, both, or none; others in the forward than in the backward.
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 3), (1, 2, 1))),
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 1, 2), (3, 1)), window=(9, None)),
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 2, 1), (1, 2, 1)), keep_gathered=True),
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 3), (3, 1)), keep_gathered=True),
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((4,), (2, 2))),
             ParallelCase(layout, attention=GQA, causal=False, window=(5, 7)),
             ParallelCase(layout, attention=GQA, causal=False, heads_per_group=2, keep_gathered=True),
             # One KV head, fewer than ranks.

@@ -107,7 +107,7 @@ def test_an_error_ends_the_batch() -> None:
 
 def test_one_rank_takes_no_memory() -> None:
     found = weft.ContextParallel().memory(CU, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16)
-    assert (found.forward, found.backward, found.kept, found.groups) == (0, 0, 0, 1)
+    assert (found.forward, found.backward, found.kept) == (0, 0, 0)
 
 
 def attend(cp: Any = None, *, rows: int = 16, cu: Any = CU, **options: Any) -> Callable[[], object]:

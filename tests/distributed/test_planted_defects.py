@@ -17,7 +17,7 @@ import torch
 
 from weft_attn.distributed import context_parallel, gathered, shard
 from weft_attn.distributed.collectives import Ranks
-from weft_attn.distributed.memory import head_groups
+from weft_attn.distributed.groups import Groups, head_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.plan import Plan, build
 from weft_attn.testing.cases import Case
@@ -109,8 +109,28 @@ def previous_groups_keys(original: Any, self: Any, group: int) -> Any:
     return self.turns.views(max(0, group - 1))
 
 
-def reduce_in_bfloat16(original: Any, self: Any, k: Any, v: Any, call: Any, groups: Any) -> None:
-    original(self, k, v, replace(call, grad_reduce_dtype=torch.bfloat16), groups)
+def gathered_before_it_is_read(original: Any, self: Any, group: int) -> Any:
+    views = original(self, group)
+    early = group + len(self.turns.memory)
+    self.start(early)
+    if early in self.pending:
+        self.pending[early].wait()
+    return views
+
+
+def without_the_last_group(*given: Any) -> Groups:
+    groups = head_groups(*given)
+    return Groups(groups.forward[:-1], groups.backward[:-1])
+
+
+def sums_of_a_group_late(original: Any, self: Any, group: int) -> Any:
+    if group >= len(self.partial.memory):
+        self.pending.pop(group - len(self.partial.memory)).wait()
+    return original(self, group)
+
+
+def reduce_in_bfloat16(original: Any, self: Any, k: Any, v: Any, call: Any) -> None:
+    original(self, k, v, replace(call, grad_reduce_dtype=torch.bfloat16))
 
 
 def gradients_of_the_first_heads(original: Any, self: Any, group: int) -> None:
@@ -136,16 +156,15 @@ DEFECTS: dict[str, Defect] = {
     ),
     "plan: causal dropped": around(ShardedBatch, "plan", lambda original, self, causal, window: original(self, False, window)),
     "gather: another group's buffer is read": around(gathered._Gather, "take", previous_groups_keys),
-    "gather: the next group overwrites this one": attribute(gathered, "BUFFERS_IN_TURN", 1),
+    "gather: a later group overwrites this one": around(gathered._Gather, "take", gathered_before_it_is_read),
     "gather: kept keys are overwritten": around(
         gathered._Gather,
         "__init__",
-        lambda original, self, k, v, call, groups, count: original(self, k, v, call, groups, min(count, 2)),
+        lambda original, self, k, v, call, groups, _: original(self, k, v, call, groups, 2),
     ),
     "gather: other ranks' keys never come": attribute(Ranks, "all_gather", lambda self, buffer: Done()),
-    "gather: the last head group is missing": attribute(
-        gathered, "head_groups", lambda heads, size: head_groups(heads, size)[:-1]
-    ),
+    "gather: the last head group is missing": attribute(context_parallel, "head_groups", without_the_last_group),
+    "gradients: sums overwritten before they are put with the others": around(gathered._Reduce, "take", sums_of_a_group_late),
     "gradients summed in bfloat16": around(gathered._Reduce, "__init__", reduce_in_bfloat16),
     "gradients: those of another rank": around(
         Ranks, "reduce_scatter", lambda original, self, output, buffer: original(self, output, buffer.roll(len(output), 0))

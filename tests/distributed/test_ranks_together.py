@@ -45,9 +45,13 @@ def together(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
 # ---- order and memory -----------------------------------------------------------------------------------------------------
 
 
-def order_of_work(rank: int, world_size: int) -> list[str]:
-    """Starts and ends of collectives, and computations, as a call's forward and backward make them."""
-    cp, log = CASE.parallel(), []
+def order_of_work(rank: int, world_size: int) -> list[list[str]]:
+    """Starts and ends of collectives, and computations, as a call's forward and backward make them: in turn, then uneven."""
+    return [logged_work(case) for case in (CASE, replace(CASE, heads_per_group=None, group_sizes=((1, 3), (1, 2, 1))))]
+
+
+def logged_work(case: ParallelCase) -> list[str]:
+    cp, log = case.parallel(), []
 
     class Logged:
         def __init__(self, pending: Any, name: str) -> None:
@@ -72,6 +76,7 @@ def order_of_work(rank: int, world_size: int) -> list[str]:
         mock.patch.object(
             gathered, "attention_backward_into", logged("differentiate", gathered.attention_backward_into, False)
         ),
+        case.grouped(),
     ):
         attention(cp, *local_tensors(cp)).sum().backward()
     return log
@@ -80,8 +85,13 @@ def order_of_work(rank: int, world_size: int) -> list[str]:
 def bytes_taken(rank: int, world_size: int) -> list[tuple[int, ...]]:
     """What buffers of a forward and a backward take, and what `memory` says of it."""
     of, found = CASE.attention, []
-    for keep in (False, True):
-        case = replace(CASE, keep_gathered=keep, heads_per_group=2)
+    uneven = (((1, 3), (1, 2, 1)), ((1, 3), (3, 1)))
+    for keep, heads_per_group, sizes in (
+        *((keep, heads, None) for keep in (False, True) for heads in (None, 1, 2)),
+        (False, None, uneven[0]),
+        (True, None, uneven[1]),
+    ):
+        case = replace(CASE, keep_gathered=keep, heads_per_group=heads_per_group, group_sizes=sizes)
         cp, made = case.parallel(), []
         build = gathered._Turns.__init__
 
@@ -89,17 +99,20 @@ def bytes_taken(rank: int, world_size: int) -> list[tuple[int, ...]]:
             build(self, *args)
             made.append(sum(m.numel() * m.element_size() for m in self.memory))
 
-        with mock.patch.object(gathered._Turns, "__init__", logged):
+        with mock.patch.object(gathered._Turns, "__init__", logged), case.grouped():
             out = attention(cp, *local_tensors(cp))
             forward = sum(made)
             out.sum().backward()
         forward_and_backward = list(made)
         said = cp.memory(CU, heads=8, kv_heads=4, head_dim=of.head_dim, head_dim_v=of.dim_v, dtype=of.dtype)
         assert said.backward <= said.limit
-        with mock.patch.object(gathered._Turns, "__init__", logged), torch.no_grad():
-            before = sum(made)
-            attention(cp, *local_tensors(cp))
-        assert sum(made) - before <= said.limit, "nothing is kept where there will be no backward"
+        assert heads_per_group is None or said.backward == said.limit, "a cap that holds whole heads is used up"
+        # What keeps nothing has to hold keys too, for which a cap of gradients alone may have no room.
+        if not (keep and heads_per_group == 1):
+            with mock.patch.object(gathered._Turns, "__init__", logged), torch.no_grad():
+                before = sum(made)
+                attention(cp, *local_tensors(cp))
+            assert sum(made) - before <= said.limit, "nothing is kept where there will be no backward"
         found.append((forward, said.forward + said.kept, sum(forward_and_backward[1:]), said.backward))
     return found
 
@@ -298,18 +311,26 @@ def answers() -> list[dict[str, Any]]:
     return run_ranks(together, 3, list(QUESTIONS))
 
 
-def test_a_collective_runs_beside_the_next_groups_work(answers: list[dict[str, Any]]) -> None:
-    groups = 4
-    forward = ["gather"]
+def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
+    """Every buffer is gathered into at once and again when its group is done with; sums come as late as their buffer is wanted."""
+    log, started, summed = ["gather"] * buffers, buffers, 0
     for group in range(groups):
-        forward += ["gather done", *(["gather"] if group + 1 < groups else []), "attend"]
-    backward = ["gather"]
-    for group in range(groups):
-        backward += ["gather done", *(["gather"] if group + 1 < groups else []), "differentiate", "reduce"]
-        backward += ["reduce done"] if group else []
-    backward += ["reduce done"]
+        if group > 0 and started < groups:
+            log.append("gather")
+            started += 1
+        log.append("gather done")
+        if group >= buffers and backward:
+            log.append("reduce done")
+            summed += 1
+        log += ["differentiate", "reduce"] if backward else ["attend"]
+    return log + ["reduce done"] * (groups - summed if backward else 0)
+
+
+def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]]) -> None:
+    in_turn = expected_work(4, 2, backward=False) + expected_work(4, 2, backward=True)
+    uneven = expected_work(2, 2, backward=False) + expected_work(3, 3, backward=True)
     for answer in answers:
-        assert answer["order_of_work"] == forward + backward
+        assert answer["order_of_work"] == [in_turn, uneven]
 
 
 def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from weft_attn.bench.records import OK, RED, Environment, GroupRecord
 from weft_attn.bench.workload import LONG_PER_GPU, PACKINGS_PER_GPU, Workload, document_lengths, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.gathered import Call, gathered_attention
+from weft_attn.distributed.groups import Groups
 from weft_attn.distributed.shard import sharded_batch
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.plan.layouts import LAYOUTS
@@ -52,6 +54,7 @@ def test_the_work_of_a_rank_is_its_plans(layout: str, world_size: int, lengths: 
     for rank in range(world_size):
         batch = sharded_batch(layout, cu_seqlens, rank, world_size)
         assert (tokens[rank], pairs[rank]) == (batch.local, batch.plan(True, None).pairs)
+        assert batch.pairs(True, (None, None)) == pairs.sum(), "the same on every rank"
     assert tokens.sum() == sum(lengths)
     assert pairs.sum() == sum(n * (n + 1) // 2 for n in lengths)
 
@@ -120,6 +123,10 @@ class CountingRanks(Ranks):
         return self.Done()
 
 
+def sliced(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(map(slice, (0, *accumulate(sizes)), accumulate(sizes)))
+
+
 @pytest.mark.parametrize("max_gather_bytes", [None, 200_000])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -129,46 +136,31 @@ def test_predicted_bytes_and_groups_are_what_the_collectives_send(world_size: in
     found = simulate.predict(workload, simulate.Hardware(measured(head_dim=16)))
     batch = sharded_batch(layout, workload.cu_seqlens.tobytes(), 1, world_size)
     ranks = CountingRanks(None, 1, world_size)
-    call = Call(batch.plan(True, None), ranks, batch.rank_stride, -(-4 // found.groups), 1.0, 0.0, False, False, torch.float32)
+    largest, in_turn = (4, None) if max_gather_bytes is None else (1, 2)
+    call = Call(
+        plan=batch.plan(True, None),
+        ranks=ranks,
+        rank_stride=batch.rank_stride,
+        groups=Groups(*(sliced(one) for one in (found.forward_groups, found.backward_groups))),
+        largest=largest,
+        in_turn=in_turn,
+        softmax_scale=1.0,
+        softcap=0.0,
+        deterministic=False,
+        keep_gathered=False,
+        grad_reduce_dtype=torch.float32,
+    )
     q = torch.randn(batch.local, 8, 16, dtype=model.dtype, requires_grad=True)
     k, v = (torch.randn(batch.local, 4, 16, dtype=model.dtype, requires_grad=True) for _ in range(2))
     out, _ = gathered_attention(q, k, v, None, call)
-    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": found.groups}
+    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": len(found.forward_groups)}
     out.sum().backward()
     received = ranks.received[ALL_GATHER] + ranks.received[REDUCE_SCATTER]
     assert received == found.gathered_bytes + found.backward_bytes
-    assert found.groups == (2 if max_gather_bytes is None else 4)
+    assert len(found.backward_groups) == (2 if max_gather_bytes is None else 4)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------------
-
-
-def scheduled_ms(groups: int, kernels: float, gather: float, reduce: float | None) -> float:
-    """Two queues, compute and communication, filled in the order of the code; a collective waits for what was queued before."""
-    compute = link = 0.0
-    gathered, reduced = {}, {}
-    link = gathered[0] = gather
-    for group in range(groups):
-        compute = max(compute, gathered[group])
-        if group + 1 < groups:
-            link = gathered[group + 1] = max(link, compute) + gather
-        compute += kernels
-        if reduce is not None:
-            link = reduced[group] = max(link, compute) + reduce
-            if group > 0:
-                compute = max(compute, reduced[group - 1])
-    return max(compute, reduced[groups - 1]) if reduce is not None else compute
-
-
-@pytest.mark.parametrize("groups", [1, 2, 3, 8])
-@pytest.mark.parametrize(("kernels", "gather", "reduce"), [(5.0, 1.0, 2.0), (2.0, 3.0, 6.0), (4.0, 3.0, 2.0), (0.0, 1.0, 1.0)])
-def test_the_schedules_formula_is_the_schedule(groups: int, kernels: float, gather: float, reduce: float):
-    assert simulate.overlapped_forward_ms(groups, kernels, gather) == scheduled_ms(groups, kernels, gather, None)
-    predicted, exact = (
-        simulate.overlapped_backward_ms(groups, kernels, gather, reduce),
-        scheduled_ms(groups, kernels, gather, reduce),
-    )
-    assert predicted == pytest.approx(exact)
 
 
 def test_times_follow_from_rates():
@@ -184,8 +176,10 @@ def test_times_follow_from_rates():
     reduced = found.backward_bytes - found.gathered_bytes
     assert reduced == 2 * found.gathered_bytes
     assert found.backward.communication_ms == pytest.approx(found.gathered_bytes / 100e6 + reduced / 50e6)
-    # Two groups: half of the gather is exposed.
-    assert found.forward.exposed_ms == pytest.approx(found.forward.communication_ms / 2)
+    # Gathers of the other groups are hidden by the first, the reduce-scatters of all but the last by those that follow.
+    assert found.forward.exposed_ms == pytest.approx(found.forward.communication_ms * found.forward_groups[0] / 8)
+    gathered = found.backward_groups[0] / 8 * found.gathered_bytes / 100e6
+    assert found.backward.exposed_ms == pytest.approx(gathered + found.backward_groups[-1] / 8 * reduced / 50e6)
 
 
 def test_beyond_a_node_the_network_counts_and_without_one_every_link_is_as_measured():

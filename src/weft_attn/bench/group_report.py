@@ -78,11 +78,16 @@ def render_predictions(predictions: Sequence[Prediction], hardware: Hardware) ->
             mebibytes(one.gathered_bytes),
             mebibytes(one.backward_bytes),
             mebibytes(one.memory_bytes),
-            str(one.groups),
+            f"{sizes(one.forward_groups)} | {sizes(one.backward_groups)}",
         )
         for pass_name, time in (("forward", one.forward), ("backward", one.backward)):
             times.add_row(str(one.workload.world_size), pass_name, *time_cells(time), end_section=pass_name == "backward")
     return Group(work, times, *(Text(line, style="dim") for line in sources(hardware)))
+
+
+def sizes(groups: Sequence[int]) -> str:
+    """Heads of each group: 1+7, or 8 x 1 where there are many alike."""
+    return f"{len(groups)} x {groups[0]}" if len(groups) > 4 and len(set(groups)) == 1 else "+".join(map(str, groups))
 
 
 def time_cells(time: PassTime) -> list[str]:

@@ -1,11 +1,7 @@
 """What a batch costs on any number of ranks, from the layout's own formula and measured rates.
 
-For a pass over G groups of KV heads, with k the slowest rank's kernels, c the gather and r the reduce-scatter of one group:
-
-    forward  = c + (G - 1) max(k, c) + k                      the first gather is exposed
-    backward = c + sum over groups of max(k, c' + r') + r     c': a next group's gather, r': the group before's reduce-scatter
-
-Ranks work at the rate that one GPU was measured at for as many rows and keys a row, links at that of a collective of the size.
+A pass goes through groups of KV heads as `ContextParallel` does; `distributed/groups.py` says which, and when their launches and collectives
+run beside each other (`overlapped_ms`). Here with the slowest rank's kernels and collectives as long as they were measured. Ranks work at the rate that one GPU was measured at for as many rows and keys a row, links at that of a collective of the size.
 Ranks in nodes of 8: a collective passes every byte from other nodes over the network once for each of the node's GPUs, and every
 byte from other ranks over NVLink; both run at once, so the slower counts. Nothing else is modelled: no latency, no host time, no
 slowing of kernels by collectives that run beside them. `check_records` says by how much that is off where it was measured.
@@ -24,6 +20,7 @@ from weft_attn.bench.group_ways import BOTH, COMMUNICATION, KERNELS, WEFT
 from weft_attn.bench.rates import ALL_GATHER, GPUS_PER_NODE, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import GroupRecord
 from weft_attn.bench.workload import Workload
+from weft_attn.distributed.groups import head_groups, head_times, overlapped_ms
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.build import concat_lengths
@@ -98,7 +95,8 @@ class Prediction:
         rank_tokens, pairs: most rows of a rank; visible pairs of all.
         balance: most pairs of a rank over the mean.
         gathered_bytes: received by a rank in the forward; backward_bytes: received in the backward, gathers and reductions.
-        memory_bytes: extra memory of the worst moment; groups: groups of KV heads.
+        memory_bytes: extra memory of the worst moment.
+        forward_groups, backward_groups: KV heads of each group, in order of work.
         forward, backward: times of the passes.
     """
 
@@ -109,20 +107,10 @@ class Prediction:
     gathered_bytes: int
     backward_bytes: int
     memory_bytes: int
-    groups: int
+    forward_groups: tuple[int, ...]
+    backward_groups: tuple[int, ...]
     forward: PassTime
     backward: PassTime
-
-
-def overlapped_forward_ms(groups: int, kernels_ms: float, gather_ms: float) -> float:
-    """A forward of `groups` equal groups of heads, of which one's kernels and gather take so long."""
-    return gather_ms + (groups - 1) * max(kernels_ms, gather_ms) + kernels_ms
-
-
-def overlapped_backward_ms(groups: int, kernels_ms: float, gather_ms: float, reduce_ms: float) -> float:
-    """A backward: beside a group's kernels run the gather of the next group and the reduce-scatter of the one before."""
-    beside = [(gather_ms if g < groups - 1 else 0.0) + (reduce_ms if g > 0 else 0.0) for g in range(groups)]
-    return gather_ms + sum(max(kernels_ms, one) for one in beside) + reduce_ms
 
 
 # ---- a workload -----------------------------------------------------------------------------------------------------------
@@ -139,9 +127,10 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
     _require_rates(workload, hardware)
     tokens, pairs = work_by_rank(workload)
     memory = _memory(workload, int(tokens.max()))
+    sizes = _group_sizes(workload, int(tokens.max()), int(pairs.sum()), memory)
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
-    forward, backward = _times(workload, hardware, tokens, pairs, memory.groups, *shares)
+    forward, backward = _times(workload, hardware, tokens, pairs, sizes, memory.in_turn, *shares)
     return Prediction(
         workload=workload,
         rank_tokens=int(tokens.max()),
@@ -150,7 +139,8 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         gathered_bytes=shares[0] * (world_size - 1),
         backward_bytes=sum(shares) * (world_size - 1),
         memory_bytes=memory.backward,
-        groups=memory.groups,
+        forward_groups=sizes[0],
+        backward_groups=sizes[1],
         forward=forward,
         backward=backward,
     )
@@ -173,6 +163,23 @@ def _memory(workload: Workload, rank_stride: int) -> Memory:
         raise InvalidInput(f"on {workload.world_size} ranks: {error}") from None
 
 
+def _group_sizes(workload: Workload, rank_stride: int, pairs: int, memory: Memory) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """KV heads of the forward's and of the backward's groups."""
+    model = workload.model
+    times = head_times(
+        world_size=workload.world_size,
+        rank_stride=rank_stride,
+        pairs=pairs,
+        heads_each=model.heads // model.kv_heads,
+        head_dims=2 * model.head_dim,
+        element_bytes=model.dtype.itemsize,
+        gradient_bytes=GRADIENT_BYTES,
+    )
+    groups = head_groups(model.kv_heads, memory.largest, memory.in_turn, False, *times)
+    forward, backward = (tuple(one.stop - one.start for one in of_pass) for of_pass in (groups.forward, groups.backward))
+    return forward, backward
+
+
 def work_by_rank(workload: Workload) -> tuple[IntArray, IntArray]:
     """(W,) rows and (W,) visible pairs of every rank."""
     layout = layout_named(workload.layout)
@@ -190,34 +197,32 @@ def _times(
     hardware: Hardware,
     tokens: IntArray,
     pairs: IntArray,
-    groups: int,
+    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    in_turn: int | None,
     gather_bytes: int,
     reduce_bytes: int,
 ) -> tuple[PassTime, PassTime]:
-    world_size = workload.world_size
-    gather = hardware.collective_ms(ALL_GATHER, gather_bytes / groups, world_size)
-    reduce = hardware.collective_ms(REDUCE_SCATTER, reduce_bytes / groups, world_size)
-    of_group, ideal = {}, {}
-    for pass_name in PASSES:
-        of_group[pass_name] = float(kernels_ms(workload, hardware.rates, pass_name, tokens, pairs, groups).max())
-        whole = kernels_ms(workload, hardware.rates, pass_name, tokens.sum(keepdims=True), pairs.sum(keepdims=True), 1)
-        ideal[pass_name] = float(whole[0]) / world_size
-    forward, backward = of_group["forward"], of_group["backward"]
-    return (
-        PassTime(groups * forward, groups * gather, overlapped_forward_ms(groups, forward, gather), ideal["forward"]),
-        PassTime(
-            groups * backward,
-            groups * (gather + reduce),
-            overlapped_backward_ms(groups, backward, gather, reduce),
-            ideal["backward"],
-        ),
-    )
+    """Of a forward and a backward; `gather_bytes` and `reduce_bytes` are a rank's of all heads."""
+    world_size, kv_heads = workload.world_size, workload.model.kv_heads
+    found = []
+    for pass_name, heads, reduced in zip(PASSES, sizes, (0, reduce_bytes), strict=True):
+        kernels = [float(kernels_ms(workload, hardware.rates, pass_name, tokens, pairs, n).max()) for n in heads]
+        gathers, reduces = (
+            [hardware.collective_ms(operation, n / kv_heads * share, world_size) if share else 0.0 for n in heads]
+            for operation, share in ((ALL_GATHER, gather_bytes), (REDUCE_SCATTER, reduced))
+        )
+        whole = kernels_ms(workload, hardware.rates, pass_name, tokens.sum(keepdims=True), pairs.sum(keepdims=True), kv_heads)
+        total = overlapped_ms(kernels, gathers, reduces, in_turn)
+        found.append(PassTime(sum(kernels), sum(gathers) + sum(reduces), total, float(whole[0]) / world_size))
+    return found[0], found[1]
 
 
-def kernels_ms(workload: Workload, rates: Rates, pass_name: str, tokens: IntArray, pairs: IntArray, groups: int) -> FloatArray:
-    """Milliseconds of one group's kernels for each entry of tokens and pairs, one rank each."""
+def kernels_ms(
+    workload: Workload, rates: Rates, pass_name: str, tokens: IntArray, pairs: IntArray, kv_heads: int
+) -> FloatArray:
+    """Milliseconds of the kernels of so many KV heads for each entry of tokens and pairs, one rank each."""
     model = workload.model
-    heads = model.heads / groups
+    heads = model.heads // model.kv_heads * kv_heads
     flops = 4.0 * model.head_dim * heads * pairs * (1 if pass_name == "forward" else BACKWARD_OVER_FORWARD)
     tflops = rates.kernel_tflops(pass_name, np.float64(heads) * tokens, np.float64(1) * pairs / np.maximum(tokens, 1))
     return flops / tflops * 1e-9

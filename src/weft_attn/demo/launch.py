@@ -93,7 +93,8 @@ def train_rank(options: Options) -> bool:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if setup.on_gpu else torch.device("cpu")
     if setup.on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(setup.backend)
+    # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first batch.
+    dist.init_process_group(setup.backend, device_id=device if setup.on_gpu else None)
     passed = run_group(setup, device)
     # Not after an error: the others would then fail too, and hide the rank that failed first.
     dist.destroy_process_group()

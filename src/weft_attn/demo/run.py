@@ -17,6 +17,8 @@ def run_group(setup: Setup, device: torch.device) -> bool:
     """Train on this rank; rank 0 also trains alone, compares, tells and draws. Returns rank 0's verdict, on every rank."""
     # One thread a process: ranks that share cores would wait for each other's threads.
     torch.set_num_threads(1)
+    # The bounds are of float32: products must not be of fewer bits, whatever the environment prefers on a GPU.
+    torch.set_float32_matmul_precision("highest")
     parallel = ContextParallel(layout="zigzag")
     passed = True
     if parallel.rank == 0:

@@ -14,6 +14,7 @@ from weft_attn.api import AttentionOutput, Window, plan_attention
 from weft_attn.distributed.agreement import require_agreement
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.gathered import Call, gathered_attention
+from weft_attn.distributed.groups import Groups, head_groups, head_times
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.distributed.shard import ShardedBatch, next_tokens, shard_rows, sharded_batch, unshard_rows
 from weft_attn.errors import WeftError, require
@@ -37,8 +38,8 @@ class ContextParallel:
             or one rank where there is none.
         layout: which rows a rank owns of each document of L tokens, W ranks. "zigzag": chunks r and 2W-1-r of 2W equal ones,
             which balances causal work; "contiguous": rows [r*L // W, (r+1)*L // W); "striped": rows r, r + W, r + 2W, ...
-        max_gather_bytes: the most that gathered keys and values and their gradients take at a time (see `memory`); the number
-            of heads gathered together follows from it. None: 4 GiB.
+        max_gather_bytes: the most that gathered keys and values and their gradients take at a time (see `memory`), and so how
+            many heads are gathered together at most. None: 4 GiB.
         keep_gathered: keep gathered keys and values from forward to backward (`Memory.kept` bytes a call, beyond the cap)
             instead of gathering them again.
         grad_reduce_dtype: dtype in which the ranks' gradients of keys and values are summed; they leave the kernels in it.
@@ -253,11 +254,14 @@ class ContextParallel:
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
             keeps = self.keep_gathered and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
             memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype, keeps)
+            mask = checks.flag(causal, "causal"), build.checked_window(window)
             call = Call(
-                plan=batch.plan(checks.flag(causal, "causal"), build.checked_window(window)),
+                plan=batch.plan(*mask),
                 ranks=self._ranks,
                 rank_stride=batch.rank_stride,
-                heads_per_group=memory.heads_per_group,
+                groups=self._groups(batch, mask, q, k, v, memory, keeps),
+                largest=memory.largest,
+                in_turn=memory.in_turn,
                 softmax_scale=checks.scale(softmax_scale, q.shape[2]),
                 softcap=checks.number(softcap, "softcap"),
                 deterministic=checks.flag(deterministic, "deterministic"),
@@ -278,7 +282,7 @@ class ContextParallel:
                 "mask": (causal, build.checked_window(window)),
                 "scalars": (call.softmax_scale, call.softcap, call.deterministic, sinks is not None),
                 "gradients": (needed, call.keep_gathered, call.grad_reduce_dtype),
-                "heads per group": call.heads_per_group,
+                "groups of heads": (call.groups, call.largest, call.in_turn),
             }
 
         _, call = self._agreed(checked, facts)
@@ -308,7 +312,7 @@ class ContextParallel:
         head_dim_v: int | None = None,
         dtype: torch.dtype,
     ) -> Memory:
-        """What `attention` takes on this rank beyond its own tensors, and how many KV heads it gathers together.
+        """What `attention` takes on this rank beyond its own tensors, and how many KV heads it gathers together at most.
 
         Args:
             cu_seqlens: as in `shard`.
@@ -375,6 +379,27 @@ class ContextParallel:
             limit=self.max_gather_bytes,
             keep_gathered=keeps,
         )
+
+    def _groups(
+        self,
+        batch: ShardedBatch,
+        mask: tuple[bool, Window],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        memory: Memory,
+        keeps: bool,
+    ) -> Groups:
+        times = head_times(
+            world_size=self.world_size,
+            rank_stride=batch.rank_stride,
+            pairs=batch.pairs(*mask) if self.world_size > 1 else 0,
+            heads_each=q.shape[1] // k.shape[1],
+            head_dims=k.shape[2] + v.shape[2],
+            element_bytes=k.element_size(),
+            gradient_bytes=self.grad_reduce_dtype.itemsize,
+        )
+        return head_groups(k.shape[1], memory.largest, memory.in_turn, keeps, *times)
 
     def _agreed(self, checked: Callable[[], _Checked], facts: Callable[[_Checked], dict[str, object]]) -> _Checked:
         """What `checked` returns; in debug mode after all ranks' calls were compared."""

@@ -1,14 +1,18 @@
 """Attention over the keys of all ranks, gathered a group of KV heads at a time, and its gradients scattered back.
 
-    forward     gather group g+1  |  attention on group g
-    backward    gather group g+1  |  gradients of group g  |  reduce-scatter group g-1
+    forward     gather later groups  |  attention on group g
+    backward    gather later groups  |  gradients of group g  |  reduce-scatter earlier groups
 
 K lies beside V in one buffer (W * rank_stride, G * (D + Dv)): one collective a group, in place. Attention reads both as strided
 views of it, in rank order: nothing is copied or reordered. Rows between a rank's last and its stride are padding: they hold
-whatever memory held, and no slice of the plan reaches them. Two buffers take turns.
+whatever memory held, and no slice of the plan reaches them.
 
-On a GPU the order of the compute stream keeps the buffers apart: a collective starts after what was queued before it, and what
-is queued after its `wait` starts after it.
+Every group has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention: each begins
+as soon as the one before it is done, without waiting for multiprocessors that a running attention holds. Otherwise two buffers take
+turns. Which heads make a group: groups.py.
+
+On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
+what is queued after its `wait` starts after it.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from weft_attn.distributed.collectives import Pending, Ranks
-from weft_attn.distributed.memory import BUFFERS_IN_TURN, head_groups
+from weft_attn.distributed.groups import Groups
 from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.plan.slices import Plan
 
@@ -31,7 +35,8 @@ class Call:
 
     Attributes:
         plan: this rank's rows over the keys of all ranks, rank r's from row r * rank_stride.
-        heads_per_group: KV heads gathered at a time.
+        groups: of KV heads, in order of work.
+        largest, in_turn: of `Memory`.
         keep_gathered: keep the gathered keys and values for the backward, instead of gathering again.
         grad_reduce_dtype: what partial gradients of keys and values are kept and summed in.
     """
@@ -39,16 +44,14 @@ class Call:
     plan: Plan
     ranks: Ranks
     rank_stride: int
-    heads_per_group: int
+    groups: Groups
+    largest: int
+    in_turn: int | None
     softmax_scale: float
     softcap: float
     deterministic: bool
     keep_gathered: bool
     grad_reduce_dtype: torch.dtype
-
-    def groups(self, k: torch.Tensor) -> list[slice]:
-        """The groups of KV heads."""
-        return head_groups(k.shape[1], self.heads_per_group)
 
 
 def gathered_attention(
@@ -70,16 +73,28 @@ def keys_beside_values(buffer: torch.Tensor, head_dim: int, head_dim_v: int) -> 
 
 
 class _Turns:
-    """Buffers (rows, G * (D + Dv)) for one group after another; a group's buffer is taken again `count` groups later."""
+    """Buffers (rows, G * (D + Dv)) for one group after another.
+
+    Args:
+        in_turn: how many there are, of `largest` heads: a group's buffer is taken again so many groups later. None: one for each
+            group.
+    """
 
     def __init__(
-        self, rows: int, k: torch.Tensor, v: torch.Tensor, groups: list[slice], count: int, dtype: torch.dtype
+        self,
+        rows: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        groups: tuple[slice, ...],
+        largest: int,
+        in_turn: int | None,
+        dtype: torch.dtype,
     ) -> None:
         self.dims = (k.shape[2], v.shape[2])
         self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in groups]
         self.rows = rows
-        size = rows * max(self.widths)
-        self.memory = [torch.empty(size, dtype=dtype, device=k.device) for _ in range(min(count, len(groups)))]
+        widths = self.widths if in_turn is None else [largest * sum(self.dims)] * in_turn
+        self.memory = [torch.empty(rows * width, dtype=dtype, device=k.device) for width in widths]
 
     def buffer(self, group: int) -> torch.Tensor:
         width = self.widths[group]
@@ -92,11 +107,12 @@ class _Turns:
 class _Gather:
     """The keys and values of all ranks, a group of heads at a time."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: list[slice], count: int) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: tuple[slice, ...], in_turn: int | None) -> None:
         self.k, self.v, self.call, self.groups = k, v, call, groups
-        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups, count, k.dtype)
+        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups, call.largest, in_turn, k.dtype)
         self.pending: dict[int, Pending] = {}
-        self.start(0)
+        for group in range(len(self.turns.memory)):
+            self.start(group)
 
     def start(self, group: int) -> None:
         if group < len(self.groups):
@@ -107,14 +123,15 @@ class _Gather:
             self.pending[group] = self.call.ranks.all_gather(buffer)
 
     def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A group's keys and values; starts on the next group."""
+        """A group's keys and values; starts on the group whose turn it is to have the buffer of the group before."""
+        if group > 0:
+            self.start(group - 1 + len(self.turns.memory))
         self.pending.pop(group).wait()
-        self.start(group + 1)
         return self.turns.views(group)
 
 
 class _Kept:
-    """The keys and values that the forward kept, as `_Gather` gives them."""
+    """The keys and values that the forward kept, by the groups of the backward, as `_Gather` gives them."""
 
     def __init__(self, buffers: list[torch.Tensor], dims: tuple[int, int]) -> None:
         self.buffers, self.dims = buffers, dims
@@ -126,19 +143,25 @@ class _Kept:
 class _Reduce:
     """Partial gradients of all ranks' keys and values, a group of heads at a time, summed over ranks into this rank's own."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: list[slice]) -> None:
-        self.call, self.groups = call, groups
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
+        self.call, self.groups = call, call.groups.backward
         self.dk, self.dv = k.new_empty(k.shape), v.new_empty(v.shape)
-        stride, dtype = call.rank_stride, call.grad_reduce_dtype
-        self.partial = _Turns(call.ranks.world_size * stride, k, v, groups, BUFFERS_IN_TURN, dtype)
-        self.sums = _Turns(stride, k, v, groups, BUFFERS_IN_TURN, dtype)
+        stride, turns = call.rank_stride, (self.groups, call.largest, call.in_turn, call.grad_reduce_dtype)
+        self.partial = _Turns(call.ranks.world_size * stride, k, v, *turns)
+        self.sums = _Turns(stride, k, v, *turns)
         self.pending: dict[int, Pending] = {}
+
+    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group's dK and dV of all ranks' keys go; finishes the group that had the buffer before."""
+        self.finish(group - len(self.partial.memory))
+        return self.partial.views(group)
 
     def start(self, group: int) -> None:
         self.pending[group] = self.call.ranks.reduce_scatter(self.sums.buffer(group), self.partial.buffer(group))
 
     def finish(self, group: int) -> None:
-        if group >= 0:
+        """Wait for a group's sums, if it is one that has started, and put them with those of the other heads."""
+        if group in self.pending:
             self.pending.pop(group).wait()
             heads = self.groups[group]
             for whole, summed in zip((self.dk, self.dv), self.sums.views(group), strict=True):
@@ -153,8 +176,8 @@ class _GatheredAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        groups, share = call.groups(k), q.shape[1] // k.shape[1]
-        gather = _Gather(k, v, call, groups, len(groups) if call.keep_gathered else BUFFERS_IN_TURN)
+        groups, share = call.groups.forward, q.shape[1] // k.shape[1]
+        gather = _Gather(k, v, call, groups, None if call.keep_gathered else call.in_turn)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         for group, heads in enumerate(groups):
@@ -184,16 +207,16 @@ class _GatheredAttention(torch.autograd.Function):
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
         call: Call = ctx.call
         needs_q, needs_k, needs_v, needs_sinks, _ = ctx.needs_input_grad
-        groups, share = call.groups(k), q.shape[1] // k.shape[1]
-        source = _Kept(kept, (k.shape[2], v.shape[2])) if kept else _Gather(k, v, call, groups, BUFFERS_IN_TURN)
-        reduce = _Reduce(k, v, call, groups) if needs_k or needs_v else None
+        groups, share = call.groups.backward, q.shape[1] // k.shape[1]
+        source = _Kept(kept[::-1], (k.shape[2], v.shape[2])) if kept else _Gather(k, v, call, groups, call.in_turn)
+        reduce = _Reduce(k, v, call) if needs_k or needs_v else None
         dout = torch.zeros_like(out) if dout is None else dout
         dq = q.new_empty(q.shape) if needs_q else None
         dsinks = torch.empty_like(sinks) if needs_sinks else None
         for group, heads in enumerate(groups):
             k_all, v_all = source.take(group)
             queries = query_heads(heads, share)
-            dk_all, dv_all = (None, None) if reduce is None else reduce.partial.views(group)
+            dk_all, dv_all = (None, None) if reduce is None else reduce.take(group)
             sinks_part = attention_backward_into(
                 dout[:, queries],
                 None if dlse is None else dlse[queries],
@@ -215,10 +238,10 @@ class _GatheredAttention(torch.autograd.Function):
                 dsinks[queries] = sinks_part
             if reduce is not None:
                 reduce.start(group)
-                # One group late, so that the sum over ranks runs beside the next group's gradients.
-                reduce.finish(group - 1)
         if reduce is not None:
-            reduce.finish(len(groups) - 1)
+            # As late as that, so that the sums over ranks run beside the gradients of the groups that follow.
+            for group in range(len(groups)):
+                reduce.finish(group)
         return (
             dq,
             reduce.dk if reduce is not None and needs_k else None,

@@ -1,4 +1,4 @@
-"""How many KV heads are gathered at a time, and the memory that takes."""
+"""How many KV heads' gathered keys and gradients a rank holds at a time, and the memory that takes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from weft_attn.errors import require
 
 # What a call may take where nothing is said: at 128 x 2 dims, bf16 keys and fp32 gradients, one head of a million tokens.
 DEFAULT_GATHER_BYTES = 4 * 2**30
-# Gathering one group overlaps attention on another, so there are two wherever there are two heads.
-LEAST_GROUPS = 2
+# Where the cap does not hold all heads: one group is attended to while the next is gathered.
 BUFFERS_IN_TURN = 2
 
 
@@ -17,27 +16,34 @@ BUFFERS_IN_TURN = 2
 class Memory:
     """Bytes that context parallelism takes on a rank beyond the rank's own tensors.
 
-    With W ranks, S rows of the largest rank, G heads in a group, B = 2 buffers in turn (1 where there is one group), E = D + Dv
-    and bytes e of an element of K, r of a gradient:
+    With W ranks, S rows of the largest rank, H heads held at a time, E = D + Dv and bytes e of an element of K, r of a gradient:
 
-        gathered   B * W * S * G * E * e           keys and values of a group, of all ranks
-        gradients  B * (W + 1) * S * G * E * r     their gradients, and this rank's sum of all ranks'
-        kept       W * S * Hkv * E * e             with keep_gathered: held from a call's forward to its backward, instead of
-                                                   `gathered`; not part of the cap
+        gathered   W * S * H * E * e           keys and values of H heads, of all ranks
+        gradients  (W + 1) * S * H * E * r     their gradients, and this rank's sum of all ranks'
+        kept       W * S * Hkv * E * e         with keep_gathered: held from a call's forward to its backward, instead of
+                                               `gathered`; not part of the cap
+
+    H is Hkv where the cap allows it: every group of heads (groups.py) then has a buffer of its own, however the heads are grouped.
+    Under a smaller cap groups are as large as two of them may be, and take turns with two buffers.
 
     Attributes:
-        heads_per_group: G, the most KV heads gathered at a time.
-        groups: how many groups the KV heads make.
+        heads_held: H.
+        largest: the most KV heads of a group.
         gathered, gradients, kept: bytes as above; 0 in a world of one rank.
         limit: the cap that `forward` and `backward` keep.
     """
 
-    heads_per_group: int
-    groups: int
+    heads_held: int
+    largest: int
     gathered: int
     gradients: int
     kept: int
     limit: int
+
+    @property
+    def in_turn(self) -> int | None:
+        """Buffers of `largest` heads that groups take turns with; None: each group has one of its own size."""
+        return None if self.heads_held == self.largest else BUFFERS_IN_TURN
 
     @property
     def forward(self) -> int:
@@ -61,7 +67,7 @@ def plan_memory(
     limit: int | None,
     keep_gathered: bool,
 ) -> Memory:
-    """The largest groups of heads that the cap allows.
+    """As many heads at a time as the cap allows.
 
     Args:
         rank_stride: rows of the largest rank.
@@ -73,32 +79,29 @@ def plan_memory(
     """
     limit = DEFAULT_GATHER_BYTES if limit is None else limit
     if world_size == 1:
-        return Memory(kv_heads, 1, 0, 0, 0, limit)
-    # Of one head and one buffer.
+        return Memory(kv_heads, kv_heads, 0, 0, 0, limit)
+    # Of one head.
     keys = world_size * rank_stride * head_dims * element_bytes
     gradients = (world_size + 1) * rank_stride * head_dims * gradient_bytes
-    in_turn = min(BUFFERS_IN_TURN, kv_heads)
-    per_head = in_turn * ((0 if keep_gathered else keys) + gradients)
+    per_head = (0 if keep_gathered else keys) + gradients
+    least = min(BUFFERS_IN_TURN, kv_heads) * per_head
     require(
-        per_head <= limit,
+        least <= limit,
         "max_gather_bytes holds one KV head's keys, values and gradients",
-        expected=f">= {per_head}",
+        expected=f">= {least}",
         given=limit,
     )
     allowed = limit // per_head if per_head else kv_heads
-    groups = len(head_groups(kv_heads, min(allowed, -(-kv_heads // LEAST_GROUPS))))
-    most = -(-kv_heads // groups)
+    held = largest = kv_heads
+    if allowed < kv_heads:
+        # No larger than that many equal groups are.
+        largest = -(-kv_heads // -(-kv_heads // (allowed // BUFFERS_IN_TURN)))
+        held = BUFFERS_IN_TURN * largest
     return Memory(
-        most,
-        groups,
-        0 if keep_gathered else in_turn * most * keys,
-        in_turn * most * gradients,
+        held,
+        largest,
+        0 if keep_gathered else held * keys,
+        held * gradients,
         kv_heads * keys if keep_gathered else 0,
         limit,
     )
-
-
-def head_groups(kv_heads: int, heads_per_group: int) -> list[slice]:
-    """KV heads in groups of nearly equal size, none larger than heads_per_group."""
-    count = -(-kv_heads // heads_per_group)
-    return [slice(i * kv_heads // count, (i + 1) * kv_heads // count) for i in range(count)]

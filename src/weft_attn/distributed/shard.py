@@ -34,6 +34,7 @@ class ShardedBatch:
         self.rank = rank
         self.rank_stride = int(self.layout.rank_tokens.max())
         self._plans: dict[tuple[bool, Window], Plan] = {}
+        self._pairs: dict[tuple[bool, Window], int] = {}
         self._on_device: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     @property
@@ -88,6 +89,14 @@ class ShardedBatch:
                 else Plan.sharded(self.name, cu, self.rank, world_size, self.rank_stride, causal=causal, window=window)
             )
         return self._plans[key]
+
+    def pairs(self, causal: bool, window: Window) -> int:
+        """Visible pairs of all ranks: the same on each, unlike the pairs of its plan."""
+        key = (causal, window)
+        if key not in self._pairs:
+            cu = self.layout.cu_seqlens
+            self._pairs[key] = Plan.from_cu_seqlens(cu, cu, causal=causal, window=window).pairs
+        return self._pairs[key]
 
 
 @lru_cache(maxsize=16)

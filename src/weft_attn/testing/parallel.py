@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
+from unittest import mock
 
 import torch
 
+from weft_attn.distributed import context_parallel
 from weft_attn.distributed.context_parallel import ContextParallel
+from weft_attn.distributed.groups import Groups
 from weft_attn.plan import Plan
 from weft_attn.testing.cases import Case, Inputs, cumulative, make_inputs
 from weft_attn.testing.compare import Results, assert_matches_oracle, baselines_of, evaluate, oracle_of
@@ -28,6 +32,7 @@ class ParallelCase:
         attention: head counts, dims, dtype and features; its own plan and size do not count.
         causal, window: of `ContextParallel.attention`.
         heads_per_group: what max_gather_bytes is set to allow; None: leave it.
+        group_sizes: KV heads of each group of the forward and of the backward; None: what `head_groups` chooses.
         keep_gathered, grad_reduce_dtype: of `ContextParallel`.
     """
 
@@ -37,6 +42,7 @@ class ParallelCase:
     causal: bool = True
     window: tuple[int | None, int | None] | None = None
     heads_per_group: int | None = None
+    group_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     keep_gathered: bool = False
     grad_reduce_dtype: torch.dtype = torch.float32
 
@@ -61,9 +67,20 @@ class ParallelCase:
         cap = max(1, 2 * one_head * self.heads_per_group)
         return ContextParallel(group, self.layout, max_gather_bytes=cap, **settings)
 
+    @contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Inside, heads are grouped as the case says."""
+        if self.group_sizes is None:
+            yield
+            return
+        forward, backward = (tuple(map(slice, (0, *accumulate(sizes)), accumulate(sizes))) for sizes in self.group_sizes)
+        groups = Groups(forward, forward[::-1] if self.keep_gathered else backward)
+        with mock.patch.object(context_parallel, "head_groups", return_value=groups):
+            yield
+
     def __str__(self) -> str:
         parts = [self.layout, str(self.attention).removeprefix("causal-")]
-        for name in ("lengths", "causal", "window", "heads_per_group", "keep_gathered"):
+        for name in ("lengths", "causal", "window", "heads_per_group", "group_sizes", "keep_gathered"):
             if getattr(self, name) != getattr(_PLAIN, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return "-".join(parts)
@@ -123,7 +140,7 @@ def run_case(case: ParallelCase, device: torch.device | str = "cpu", group: Any 
         )
         return found
 
-    with memory_of_nan():
+    with memory_of_nan(), case.grouped():
         results = evaluate(attention, Inputs(q, k, v, x.sinks, dout, dlse))
         ids = torch.arange(cu[-1], device=device)
         return RankResults(
