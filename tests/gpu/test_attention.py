@@ -259,6 +259,7 @@ def test_a_captured_graph_replays_the_forward() -> None:
     assert torch.equal(out, weft.plan_attention(x.q, x.k, x.v, plan))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(
     ("plan", "heads"),
     [
@@ -268,13 +269,13 @@ def test_a_captured_graph_replays_the_forward() -> None:
     ],
     ids=["long rows", "packed", "split keys"],
 )
-def test_a_captured_step_replays_forward_and_backward_on_other_values(plan: weft.Plan, heads: int) -> None:
+def test_a_captured_step_replays_forward_and_backward_on_other_values(plan: weft.Plan, heads: int, deterministic: bool) -> None:
     x = make_inputs(replace(MAIN, heads=heads, sinks=True), plan, DEVICE)
     assert x.sinks is not None
     leaves = [t.requires_grad_() for t in (x.q, x.k, x.v, x.sinks)]
 
     def step() -> list[torch.Tensor]:
-        out, lse = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks, return_lse=True)
+        out, lse = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks, deterministic=deterministic, return_lse=True)
         return [out, lse, *torch.autograd.grad(out, leaves, x.dout)]
 
     # What is done once for a plan (tables, compilation) cannot be captured.
@@ -294,7 +295,11 @@ def test_a_captured_step_replays_forward_and_backward_on_other_values(plan: weft
         graph.replay()
         for found, eager in zip(captured, step(), strict=True):
             assert found.isfinite().all()
-            assert torch.equal(found, eager)
+            if deterministic:
+                assert torch.equal(found, eager)
+            else:
+                # The order of dQ's float32 sums is not fixed: a rounding of the result apart at most.
+                torch.testing.assert_close(found, eager, rtol=2**-7, atol=1e-5)
 
 
 def test_warm_launches_are_replayed() -> None:

@@ -20,7 +20,9 @@ NAN = float("nan")
 
 
 def ours(case: Case, plan: weft.Plan) -> Attention:
-    return lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options)  # type: ignore[return-value]
+    return lambda q, k, v, sinks: weft.plan_attention(
+        q, k, v, plan, sinks=sinks, deterministic=True, return_lse=True, **case.options
+    )  # type: ignore[return-value]
 
 
 def assert_equal(one: Results, other: Results) -> None:

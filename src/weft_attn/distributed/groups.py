@@ -50,9 +50,8 @@ class Launch:
 
 # A forward's items end with the shortest, of which many fit where one long one did. The longest is twice the mean under a causal mask.
 FORWARD_LAUNCH = Launch(tail=0.125, shortest=2.0)
-# A backward's are long: key tiles of all query heads that share them. A program takes its next one when it begins the one before, and
-# so holds it while others are idle. 0.125 and 3.0 if it were to take it when it is free.
-BACKWARD_LAUNCH = Launch(tail=1.0, shortest=5.0)
+# A backward's are long: key tiles of all query heads that share them.
+BACKWARD_LAUNCH = Launch(tail=0.125, shortest=3.0)
 
 
 @dataclass(frozen=True)

@@ -129,21 +129,27 @@ def produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, kv_head = schedule.item_and_head(number)
-        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
         edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
         interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
         interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        is_short = schedule.is_short(edge_tiles + interior_tiles)
+        if is_short:
+            number = schedule.take()
         for consumer in gl.static_range(CONSUMERS):
             memory.k.load(turn * CONSUMERS + consumer, p.k_desc, row + consumer * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * CONSUMERS + consumer, p.v_desc, row + consumer * ROWS, kv_head * p.stride_vh)
         first_head = kv_head * p.GROUP
         step = _load_queries(p, memory, step, first_head, edge_run, edge_tiles)
-        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
-        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+        if is_short:
+            # After the tiles that this turn begins with.
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = _load_queries(p, memory, step, first_head, interior_run, interior_tiles)
+        if not is_short:
+            number = schedule.take()
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         turn += 1
     schedule.finish()
 

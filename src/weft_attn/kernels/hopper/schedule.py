@@ -1,7 +1,7 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
 The list is in the order of `kernels/triton/tiles.py: program_item_and_head`. A program begins with its own number in it and then
-takes numbers from a counter in global memory; only the producer asks, a turn ahead, and tells the other warps, with the rows of
+takes numbers from a counter in global memory; only the producer asks, ahead of the turn, and tells the other warps, with the rows of
 the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
 changes no result.
 """
@@ -15,6 +15,8 @@ from weft_attn.kernels.triton import layout
 
 # Turns on their way to the consumers.
 SLOTS = gl.constexpr(2)
+# Tiles of an item that is over soon.
+SHORT = gl.constexpr(8)
 # int32 that a turn is told in, with room to a power of two.
 RECORD = gl.constexpr(32)
 ONE_A_LANE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -58,6 +60,15 @@ class Schedule:
         heads = gl.minimum(self.heads_per_wave, self.n_heads - first_head)
         within = number - wave * self.n_items * self.heads_per_wave
         return within // heads, first_head + within % heads
+
+    @gluon.jit
+    def is_short(self, n_tiles):
+        """Producer: whether an item's successor is to be taken when it begins, so that nobody waits for the counter.
+
+        That of a long one is taken when its last tiles are on their way: a program that holds two long items keeps one from
+        another that is free.
+        """
+        return n_tiles <= SHORT
 
     @gluon.jit
     def take(self):
