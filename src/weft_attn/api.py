@@ -39,7 +39,8 @@ def attention(
         softmax_scale: multiplies q.k; None: D ** -0.5.
         softcap: scores become softcap * tanh(score / softcap); 0: none.
         sinks: (Hq,) logits that join each row's denominator, differentiable; None: none.
-        deterministic: ask for bitwise repeatable gradients. Those of today's kernels always are.
+        deterministic: bitwise repeatable gradients (`torch.use_deterministic_algorithms` asks for them too). Without, where rows see
+            many keys, a faster backward on Hopper adds dq up in float32 in an order that changes from run to run.
         return_lse: also return the log-sum-exp of each row.
 
     Returns:
@@ -50,7 +51,7 @@ def attention(
         InvalidInput, InvalidPlan: (both ValueError) a shape, dtype, device, head count or scalar that breaks a rule.
         Unsupported: (a ValueError) no kernel config fits the device.
 
-    Determinism and memory: bitwise repeatable. Saves q, k, v, out and lse for the backward; no score matrix. A batch that cannot
+    Determinism and memory: bitwise repeatable, but for dq as `deterministic` says. Saves q, k, v, out and lse for the backward; no score matrix. A batch that cannot
     be viewed as (B * S, H, D) is copied once.
 
     Example:

@@ -278,6 +278,7 @@ def attention_backward_into(
             if wanted is not None:
                 wanted.copy_(gradient)
         return dsinks
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     tensors: Tensors = dict(
         q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), out=_contiguous_rows(out), lse=lse,
         dout=_contiguous_rows(dout), dlse=None if dlse is None else _contiguous_rows(dlse), dq=dq, dk=dk, dv=dv,
