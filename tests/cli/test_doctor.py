@@ -44,6 +44,15 @@ def test_for_a_target_it_names_every_kernel_its_numbers_and_their_source(arch: s
         )
 
 
+def test_it_says_which_kernels_compute_the_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    long = said(capsys, "--arch", "sm_90", "--rows", "16384", "--keys", "16384")
+    assert "backward: hopper_backward and finish_dq; hopper_backward_dkdv and hopper_backward_dq for deterministic=True" in long
+    short = said(capsys, "--arch", "sm_90", "--rows", "256", "--keys", "256")
+    assert "backward: hopper_backward_dkdv and hopper_backward_dq; deterministic" in short
+    assert "finish_dq" not in short
+    assert "backward: backward_dkdv and backward_dq; deterministic" in said(capsys, "--arch", "sm_80")
+
+
 def test_registers_of_accumulators_are_shown_beside_what_a_thread_has(capsys: pytest.CaptureFixture[str]) -> None:
     choice = select("backward_dkdv", Problem(128, 128, 16), target("sm_80"))
     registers = accumulator_registers(choice.config, Problem(128, 128, 16).shape, 32)

@@ -144,7 +144,7 @@ def test_long_rows_take_the_fused_backward_and_match_the_oracle(dim: int, dtype:
     case = replace(MAIN, plan="zigzag_rank_1_of_2", size=5000, heads=4, kv_heads=1, head_dim=dim, dtype=dtype)
     plan = case.make_plan()
     problem = Problem(dim, dim, 16)
-    assert select_fused(problem, device_of(DEVICE), plan.pairs / plan.total_q) is not None
+    assert select_fused(problem, device_of(DEVICE), plan.keys_per_query) is not None
     x = make_inputs(case, plan, DEVICE)
     for deterministic in (False, True):
         attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic)

@@ -56,6 +56,7 @@ def doctor(
     console.print(f"kernel: {how}, on {device.name} ({device.arch}, {device.multiprocessors} multiprocessors)")
     explanation = explain(plan, heads, kv_heads, ops.problem_of(q, k, v), device)
     console.print(explanation.cut_in_words)
+    console.print(explanation.backward_in_words)
     console.print(_kernel_table(explanation))
 
 

@@ -12,7 +12,7 @@ import torch
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import accumulator_registers, shared_memory
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, Problem, select_first
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FUSED_KERNEL, Choice, Problem, select, select_first, select_fused
 from weft_attn.launch.splits import ForwardCut, cut_forward
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import host_stream
@@ -67,6 +67,7 @@ class Explanation:
         split_tiles: row tiles whose keys are split over several items, whose parts the combine kernel joins; 0: it does not run.
         parts: items that those tiles are split into, together.
         kernels: what each kernel runs with.
+        is_fused: without `deterministic`, one kernel computes all gradients.
     """
 
     device: Device
@@ -75,6 +76,7 @@ class Explanation:
     split_tiles: int
     parts: int
     kernels: tuple[KernelChoice, ...]
+    is_fused: bool
 
     @property
     def cut_in_words(self) -> str:
@@ -87,6 +89,14 @@ class Explanation:
             f"forward: {shared}; tiles whose keys are split: {self.split_tiles:,}, into {self.parts:,} parts "
             f"of at most {self.cut.tiling.max_tiles:,} key tiles, which combine joins"
         )
+
+    @property
+    def backward_in_words(self) -> str:
+        """Which kernels compute the gradients, and when."""
+        pair = " and ".join(each.kernel for each in self.kernels if each.kernel in (*DKDV_KERNELS, *DQ_KERNELS))
+        if not self.is_fused:
+            return f"backward: {pair}; deterministic"
+        return f"backward: {FUSED_KERNEL} and finish_dq; {pair} for deterministic=True, or where only some gradients are wanted"
 
 
 def inspect_machine() -> Machine:
@@ -124,7 +134,10 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
     """
     cut = cut_forward(plan, heads, kv_heads, problem, device)
     stream = host_stream(plan, cut.tiling)
+    fused = select_fused(problem, device, plan.keys_per_query)
     choices = [cut.choice, *(select_first(kernels, problem, device) for kernels in OTHER_KERNELS)]
+    if fused:
+        choices += [fused, select("finish_dq", problem, device)]
     kernels = tuple(
         KernelChoice(
             choice.config.kernel,
@@ -134,7 +147,7 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
         )
         for choice in choices
     )
-    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels)
+    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, fused is not None)
 
 
 def numbers(config: LaunchConfig, *, brief: bool = False) -> str:

@@ -321,7 +321,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
     wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
     fused = None
     if wants_dkdv and wants_dq and not deterministic:
-        fused = select_fused(problem, device, plan.pairs / total_q)
+        fused = select_fused(problem, device, plan.keys_per_query)
     chosen = [fused] if fused else []
     if wants_dkdv and not fused:
         chosen.append(select_first(DKDV_KERNELS, problem, device))

@@ -407,6 +407,11 @@ class Plan:
         """Number of visible (row, key) pairs: the work of the plan for one query head."""
         return int(count_pairs(self.rows).sum())
 
+    @property
+    def keys_per_query(self) -> float:
+        """Visible keys of a query row, in the mean."""
+        return self.pairs / max(1, self.total_q)
+
     def check(self) -> None:
         """Raise `InvalidPlan` unless every slice lies inside the tensors and slices that share a row have disjoint keys."""
         rows = self.rows

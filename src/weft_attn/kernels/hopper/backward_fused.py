@@ -193,16 +193,17 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
                 )  # fmt: skip
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        col, left = first_tile(p.runs_ptr, interior_run)
-        for _ in range(interior_tiles):
-            for member in range(p.GROUP):
+        for member in range(p.GROUP):
+            run = interior_run
+            col, left = first_tile(p.runs_ptr, run)
+            for _ in range(interior_tiles):
                 zero = zero * 3
                 scores, dk_acc, dv_acc = _accumulate_tile(
                     p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, first_head + member,
                     False, CONSUMER,
                 )  # fmt: skip
                 step += 1
-            interior_run, col, left = next_tile(p.runs_ptr, interior_run, col, left, p.BLOCK_Q)
+                run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
 
         memory.k.release(kv_step)
         memory.k.release(other_step)

@@ -99,13 +99,12 @@ class Memory:
 
 
 @gluon.jit
-def _load_queries(p, memory, step, first_head, run, n_tiles):
-    """Ask for the query tiles of one stream, those of each head of the group; the step after them."""
+def _load_queries(p, memory, step, first_head, n_heads, run, n_tiles):
+    """Ask for the query tiles of one stream, each of `n_heads` heads; the step after them."""
     N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + p.dout_desc.block_type.nbytes + 8 * p.BLOCK_Q
     col, left = first_tile(p.runs_ptr, run)
     for _ in range(n_tiles):
-        for member in range(p.GROUP):
-            head = first_head + member
+        for head in range(first_head, first_head + n_heads):
             slot, full = memory.slots.acquire(step, N_BYTES)
             load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
             load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
@@ -142,11 +141,13 @@ def produce(p, memory):
             memory.k.load(turn * CONSUMERS + consumer, p.k_desc, row + consumer * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * CONSUMERS + consumer, p.v_desc, row + consumer * ROWS, kv_head * p.stride_vh)
         first_head = kv_head * p.GROUP
-        step = _load_queries(p, memory, step, first_head, edge_run, edge_tiles)
+        step = _load_queries(p, memory, step, first_head, p.GROUP, edge_run, edge_tiles)
         if is_short:
             # After the tiles that this turn begins with.
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
-        step = _load_queries(p, memory, step, first_head, interior_run, interior_tiles)
+        # One head after the other: what programs that are some tiles apart share is then still in the L2 cache.
+        for head in range(first_head, first_head + p.GROUP):
+            step = _load_queries(p, memory, step, head, 1, interior_run, interior_tiles)
         if not is_short:
             number = schedule.take()
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
