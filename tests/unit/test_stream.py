@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +20,7 @@ TILINGS = [
     for rows, cols in ((16, 16), (16, 32), (64, 16), (32, 64), (128, 128), (5, 16), (1, 32))
     for max_tiles in (None, 1, 3)
     for transposed in (False, True)
-]
+] + [Tiling(rows, 16, transposed=True, masks_ragged=True) for rows in (16, 64)]
 
 
 @st.composite
@@ -193,3 +194,22 @@ def test_device_tables_equal_the_host_tables_and_are_built_once() -> None:
         np.testing.assert_array_equal(getattr(device, name).numpy(), getattr(host, name))
     assert (device.n_items, device.n_combines, device.slots) == (len(host.items), len(host.combines), host.slots)
     assert device_stream(plan, tiling, torch.device("cpu")) is device
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_items_that_mask_what_is_ragged_have_interior_tiles_only_where_they_are_full(name: str) -> None:
+    plan = PLANS[name](200)
+    masked = check_stream(plan, Tiling(64, 16, transposed=True, masks_ragged=True)).items
+    plain = host_stream(plan, Tiling(64, 16, transposed=True)).items
+    interior, edge = 3, 5
+    full = masked[:, 1] == 64
+    assert (masked[~full, interior] == 0).all()
+    assert masked[full, interior].sum() == plain[plain[:, 1] == 64, interior].sum()
+    assert masked[:, [interior, edge]].sum() == plain[:, [interior, edge]].sum()
+
+
+def test_a_stream_on_a_device_knows_its_tiles_and_its_longest_item() -> None:
+    stream = device_stream(Plan.dense(1, 128, 128, causal=True), Tiling(32, 32), torch.device("cpu"))
+    assert (stream.tiles, stream.longest) == (1 + 2 + 3 + 4, 4)
+    nothing = device_stream(Plan([], 0, 0), Tiling(32, 32), torch.device("cpu"))
+    assert (nothing.tiles, nothing.longest) == (0, 0)
