@@ -30,6 +30,7 @@ from weft_attn.kernels.hopper.tiles import (
     as_operand,
     clean_half,
     head_box,
+    is_visible,
     load_keys_and_values,
     product_layout,
     write_rows,
@@ -151,8 +152,7 @@ def _accumulate_tile(
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)
     if IS_MASKED:
-        cols = col + gl.arange(0, p.BLOCK_K, gl.SliceLayout(0, scores_layout))
-        dscores = gl.where((cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None]), dscores, 0.0)
+        dscores = gl.where(is_visible(first, stop, col, scores_layout), dscores, 0.0)
     operand = as_operand(dscores, p.k_desc.dtype, product_layout(p.HEAD_DIM))
     dq_acc = warpgroup_mma(operand, k_tile, dq_acc, is_async=True)
     dq_acc = warpgroup_mma_wait(0, deps=[dq_acc])
@@ -172,7 +172,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        _item, head = schedule.item_and_head(number)
+        head = schedule.head(turn)
         first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
         n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
         run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
