@@ -70,6 +70,11 @@ def test_items_without_edge_tiles_and_items_without_any_match_the_oracle(dim: in
     check(case, weft.Plan.dense(1, 400, 100, causal=True))
 
 
+@pytest.mark.parametrize("name", ["packed_window", "causal_more_rows"])
+def test_a_scale_of_zero_matches_the_oracle(name: str) -> None:
+    check(replace(MAIN, plan=name, softmax_scale=0.0))
+
+
 @pytest.mark.parametrize("name", ["zigzag_padded", "causal_more_rows", "shared_prefix", "window_both"])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_all_features_together_match_the_oracle(name: str, dim: int) -> None:

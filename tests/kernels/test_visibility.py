@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from weft_attn.kernels.hopper.tiles import visible_bits
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile, visible_interval
 from weft_attn.plan import slices, stream
@@ -31,6 +32,12 @@ def _run_kernel(out_ptr, run_ptr, row, ROWS: tl.constexpr):  # type: ignore[no-u
     tl.store(out_ptr + rows, first)
     tl.store(out_ptr + ROWS + rows, stop)
     tl.store(out_ptr + 2 * ROWS + rows, tl.zeros([ROWS], tl.int32) + end)
+
+
+@triton.jit
+def _bits_kernel(bits_ptr, first_ptr, stop_ptr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    tl.store(bits_ptr + at, visible_bits(tl.load(first_ptr + at), tl.load(stop_ptr + at)))
 
 
 @triton.jit
@@ -72,6 +79,19 @@ def test_rows_outside_a_runs_slice_see_nothing_and_rows_inside_see_the_host_rule
         expected[(rows < row_start) | (rows >= row_start + row_len)] = False
         np.testing.assert_array_equal(cells(out[0].numpy(), out[1].numpy(), columns), expected)
         assert (out[2] == col_start + col_len).all()
+
+
+def test_a_word_says_which_of_a_threads_columns_are_visible() -> None:
+    """Of a product that is 128 columns wide; the interval may lie before the tile, behind it, or hold nothing."""
+    edges = np.r_[-(10**9), np.arange(-9, 137), 10**9]
+    first, stop = (torch.tensor(x.ravel(), dtype=torch.int32) for x in np.meshgrid(edges, edges))
+    size = triton.next_power_of_2(len(first))
+    first, stop = (torch.nn.functional.pad(x, (0, size - len(x))) for x in (first, stop))
+    bits = torch.zeros(size, dtype=torch.int32)
+    _bits_kernel[(1,)](bits, first, stop, SIZE=size)
+    found = (bits.numpy()[:, None] >> np.arange(32)) & 1
+    columns = 8 * (np.arange(32) // 2) + np.arange(32) % 2
+    np.testing.assert_array_equal(found, cells(first.numpy(), stop.numpy(), columns))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -64,7 +64,7 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        _item, kv_head = schedule.item_and_head(number)
+        kv_head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)

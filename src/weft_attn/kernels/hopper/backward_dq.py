@@ -30,6 +30,7 @@ from weft_attn.kernels.hopper.tiles import (
     as_operand,
     clean_half,
     head_box,
+    is_visible,
     load_keys_and_values,
     product_layout,
     write_rows,
@@ -111,21 +112,27 @@ def _produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, head = schedule.item_and_head(number)
-        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
         edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
         interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
         interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        is_short = schedule.is_short(edge_tiles + interior_tiles)
+        if is_short:
+            number = schedule.take()
         for consumer in gl.static_range(CONSUMERS):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
             memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
         kv_head = head // p.GROUP
         step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
-        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
-        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+        if is_short:
+            # After the tiles that this turn begins with.
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
+        if not is_short:
+            number = schedule.take()
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         turn += 1
     schedule.finish()
 
@@ -151,8 +158,7 @@ def _accumulate_tile(
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)
     if IS_MASKED:
-        cols = col + gl.arange(0, p.BLOCK_K, gl.SliceLayout(0, scores_layout))
-        dscores = gl.where((cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None]), dscores, 0.0)
+        dscores = gl.where(is_visible(first, stop, col, scores_layout), dscores, 0.0)
     operand = as_operand(dscores, p.k_desc.dtype, product_layout(p.HEAD_DIM))
     dq_acc = warpgroup_mma(operand, k_tile, dq_acc, is_async=True)
     dq_acc = warpgroup_mma_wait(0, deps=[dq_acc])
@@ -172,7 +178,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        _item, head = schedule.item_and_head(number)
+        head = schedule.head(turn)
         first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
         n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
         run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)

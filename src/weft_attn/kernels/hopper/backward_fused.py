@@ -161,7 +161,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        _item, kv_head = schedule.item_and_head(number)
+        kv_head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 from weft_attn.kernels.hopper.schedule import Schedule
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, product_layout, write_rows
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, is_visible, product_layout, write_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import first_tile, next_tile
@@ -233,8 +233,7 @@ def differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED: gl.co
 @gluon.jit
 def seen_by(p, first, stop, col):
     """Which queries of the tile at `col` see each key: those from `first` up to `stop`."""
-    cols = col + gl.arange(0, p.BLOCK_Q, gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
-    return (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
+    return is_visible(first, stop, col, product_layout(p.BLOCK_Q))
 
 
 @gluon.jit

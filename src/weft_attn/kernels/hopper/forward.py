@@ -30,16 +30,21 @@ from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
     agree,
-    as_operand,
     clean_half,
     head_box,
+    is_visible,
     load_keys_and_values,
+    pack_operand,
     product_layout,
+    unpack_operand,
 )
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_slice, next_tile
+
+# float32's least normal number, rounded up.
+MIN_SCALE = 1.2e-38
 
 
 @aggregate
@@ -127,20 +132,26 @@ def _produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, head = schedule.item_and_head(number)
-        number = schedule.take()
         item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
         row = gl.load(item_ptr + layout.ITEM_ROW)
         edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
         edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
         interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
         interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        is_short = schedule.is_short(edge_tiles + interior_tiles)
+        if is_short:
+            number = schedule.take()
         for consumer in gl.static_range(CONSUMERS):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
         kv_head = head // p.GROUP
         step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
-        # The next turn, early enough that nobody waits for it, after the tiles that this one begins with.
-        schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+        if is_short:
+            # After the tiles that this turn begins with.
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
+        if not is_short:
+            number = schedule.take()
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
         turn += 1
     schedule.finish()
 
@@ -154,20 +165,14 @@ def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.conste
     if p.HAS_SOFTCAP:
         scores = cap_scores(scores, p.inner_scale)
     if IS_MASKED:
-        cols = col + gl.arange(0, p.BLOCK_K, gl.SliceLayout(0, p.scores_layout))
-        seen = (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
-        scores = gl.where(seen, scores, float("-inf"))
-    tile_max = gl.max(scores, 1)
+        scores = gl.where(is_visible(first, stop, col, p.scores_layout), scores, float("-inf"))
+    # The scale is positive: a hidden score stays -inf, and its weight is 0.
+    new_max = gl.maximum(row_max, gl.max(scores, 1) * p.outer_scale)
+    shift = new_max
     if IS_MASKED:
-        # A row of products that are all hidden; its scale may be zero.
-        tile_max = gl.where(tile_max == float("-inf"), float("-inf"), tile_max * p.outer_scale)
-        new_max = gl.maximum(row_max, tile_max)
+        # A row that has seen nothing yet has the maximum -inf: subtract 0, not -inf, from its -inf scores.
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = gl.where(seen, gl.exp2(scores * p.outer_scale - shift[:, None]), 0.0)
-    else:
-        new_max = gl.maximum(row_max, tile_max * p.outer_scale)
-        shift = new_max
-        weights = gl.exp2(scores * p.outer_scale - shift[:, None])
+    weights = gl.exp2(scores * p.outer_scale - shift[:, None])
     rescale = gl.exp2(row_max - shift)
     row_sum = row_sum * rescale + gl.sum(weights, 1)
     return weights, new_max, row_sum, rescale
@@ -189,7 +194,7 @@ def _attend_stream(
     for _ in range(n_tiles):
         no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
         scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-        acc = warpgroup_mma(weights, memory.v.wait(step - 1), acc, is_async=True)
+        acc = warpgroup_mma(unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True)
         scores = warpgroup_mma_wait(1, deps=[scores])
         memory.k.release(step)
         first, stop = rows, rows
@@ -199,7 +204,7 @@ def _attend_stream(
         acc = warpgroup_mma_wait(0, deps=[acc])
         memory.v.release(step - 1)
         acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))[:, None]
-        weights = as_operand(new_weights, p.v_desc.dtype, p.acc_layout)
+        weights = pack_operand(new_weights, p.v_desc.dtype)
         if IS_MASKED:
             if col_stop - col < p.BLOCK_K:
                 _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
@@ -219,7 +224,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        _item, head = schedule.item_and_head(number)
+        head = schedule.head(turn)
         first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
         n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
         edge_run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
@@ -240,10 +245,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
         q_step = turn * CONSUMERS + CONSUMER
         q_tile = memory.q.wait(q_step)
-        if p.Q_IN_REGISTERS:
-            q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2))
-        else:
-            q_operand = q_tile
+        q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2)) if p.Q_IN_REGISTERS else q_tile
         if edge_tiles + interior_tiles > 0:
             # The item's first tile, with nothing before it. In an interior tile every row sees every column.
             no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
@@ -258,7 +260,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             first = gl.where(is_edge, first, col)
             stop = gl.where(is_edge, stop, col + p.BLOCK_K)
             weights, row_max, row_sum, _ = _softmax(p, scores, row_max, row_sum, first, stop, col, True)
-            weights = as_operand(weights, p.v_desc.dtype, p.acc_layout)
+            weights = pack_operand(weights, p.v_desc.dtype)
             if is_edge & (col_stop - col < p.BLOCK_K):
                 _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
                 cleaned += 1
@@ -273,15 +275,18 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
                 p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left,
                 gl.where(is_edge, interior_tiles, interior_tiles - 1), cleaned, False, CONSUMER,
             )  # fmt: skip
-            acc = warpgroup_mma(weights, memory.v.wait(step - 1), acc, is_async=True)
+            acc = warpgroup_mma(
+                unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True
+            )
             acc = warpgroup_mma_wait(0, deps=[acc])
             memory.v.release(step - 1)
         elif p.Q_IN_REGISTERS:
             memory.q.release(q_step)
         _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER)
         if not p.Q_IN_REGISTERS:
-            # The result left through q's memory.
+            # The result left through q's memory, which a ragged tile is read back from.
             tma.store_wait(pendings=0)
+            fence_async_shared()
             memory.q.release(q_step)
         turn += 1
         schedule.hear(turn)
@@ -439,7 +444,8 @@ def hopper_forward_call(
             heads_per_wave=heads_per_wave,
             counter_ptr=counter,
             inner_scale=inner_scale,
-            outer_scale=outer_scale,
+            # A scale of zero makes all that is seen equal, but not what is hidden: 0 times -inf is NaN.
+            outer_scale=max(outer_scale, MIN_SCALE),
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,

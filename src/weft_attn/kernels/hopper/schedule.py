@@ -17,7 +17,7 @@ from weft_attn.kernels.triton import layout
 SLOTS = gl.constexpr(2)
 # Tiles of an item that is over soon.
 SHORT = gl.constexpr(8)
-# int32 that a turn is told in, with room to a power of two.
+# int32 that a turn is told in.
 RECORD = gl.constexpr(32)
 ONE_A_LANE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # int32 of the counter: numbers taken, programs done.
@@ -30,7 +30,7 @@ class Schedule:
 
     Attributes:
         counter_ptr: COUNTER_SIZE int32, zero between launches.
-        records: (SLOTS, RECORD) int32: the number (as often as an item has fields), the item's row of its table, its first edge run.
+        records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the head.
         full, empty: (SLOTS, 1) barriers.
     """
 
@@ -77,28 +77,33 @@ class Schedule:
 
     @gluon.jit
     def tell(self, turn, number, items_ptr, runs_ptr):
-        """Producer: tell the consumers what `turn` works on: the number, its item and its first edge run, which they would wait for."""
+        """Producer: tell the consumers what `turn` works on: number, head, item and its first edge run, which they would wait for."""
         slot = turn % SLOTS
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
         record = self.records.index(slot)
         fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
         record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
         if self.exists(number):
-            item, _ = self.item_and_head(number)
+            item, head = self.item_and_head(number)
             item_ptr = items_ptr + item * layout.ITEM_WIDTH
             run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
             record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
             record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
+            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + head)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `item_field` and `run_field` read it, then `heard`."""
+        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `item_field` and `run_field` read it, then `heard`."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit
     def number(self, turn):
         return self._read(turn, 0)
+
+    @gluon.jit
+    def head(self, turn):
+        return self._read(turn, 3 * layout.ITEM_WIDTH)
 
     @gluon.jit
     def item_field(self, turn, FIELD: gl.constexpr):

@@ -1,6 +1,8 @@
 """What the Hopper kernels share: layouts, descriptors, zeroing what a slice does not own, writing rows."""
 
 import torch
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -47,6 +49,58 @@ def product_layout(columns):
 def as_operand(tile, dtype: gl.constexpr, product: gl.constexpr):
     """A tile rounded to the input dtype, as the left operand of a product, in registers."""
     return gl.convert_layout(tile.to(dtype), gl.DotOperandLayout(0, product, 2))
+
+
+@gluon.constexpr_function
+def _round_pair(dtype):
+    """PTX: two float32 as 16-bit values of one register, the first in its low half."""
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def pack_operand(tile, dtype: gl.constexpr):
+    """A (rows, columns) tile rounded to the input dtype, neighbours in one int32, (rows, columns / 2): how a loop carries it on.
+
+    16-bit values that a loop carries may cost two instructions a register and turn: compilers take them apart and put them together.
+    """
+    low, high = gl.split(tile.reshape([tile.shape[0], tile.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(_round_pair(dtype), "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack_operand(words, dtype: gl.constexpr, product: gl.constexpr):
+    """What `pack_operand` packed, as the left operand of a product."""
+    low, high = (words & 0xFFFF).to(gl.int16), (words >> 16).to(gl.int16)
+    tile = gl.join(low, high).reshape([words.shape[0], 2 * words.shape[1]]).to(dtype, bitcast=True)
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, product, 2))
+
+
+@triton.jit
+def visible_bits(first, stop):
+    """Which of a thread's columns 8 j + b of a product, b 0 or 1, are in [first, stop): bit 2 j + b of a word."""
+    return _bits_below(stop) & ~_bits_below(first)
+
+
+@triton.jit
+def _bits_below(column):
+    n = tl.minimum(tl.maximum((column >> 3) * 2 + tl.minimum(column & 7, 2), 0), 32)
+    # A shift by 32 is for 64 bits.
+    return ((1 << n.to(tl.int64)) - 1).to(tl.int32)
+
+
+@gluon.jit
+def is_visible(first, stop, col, product: gl.constexpr):
+    """Whether a tile's rows see its columns, (64, columns): row i sees [first_i, stop_i), and the tile begins at `col`.
+
+    One word a row instead of two comparisons an element: edge tiles are most of what short documents are.
+    """
+    COLUMNS: gl.constexpr = product.instr_shape[1]
+    gl.static_assert(COLUMNS <= 128, "a thread has a quarter of a row's columns, and a word 32 bits")
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, product))
+    # A thread holds the columns 8 j + {0, 1} from its first one.
+    begin = (col + (columns & 6))[None, :]
+    bits = visible_bits(first[:, None] - begin, stop[:, None] - begin)
+    return ((bits >> ((columns >> 3) * 2 + (columns & 1))[None, :]) & 1) != 0
 
 
 @gluon.jit
