@@ -155,15 +155,19 @@ class HopperForwardConfig(HopperConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperBackwardConfig(HopperConfig):
-    """All gradients on Hopper in one kernel, which is not deterministic: 128 keys against query tiles of `block_q`."""
+    """All gradients on Hopper in one kernel, which is not deterministic: `block_k` keys against query tiles of `block_q`.
+
+    block_k is 128, 64 for each of two consumers; for head dims above 128 it is 64, which three consumers share.
+    """
 
     kernel: ClassVar[str] = "hopper_backward"
 
     block_q: int
+    block_k: int = 128
 
     @property
     def cut(self) -> tuple[int, int]:
-        return self.rows_per_item, self.block_q
+        return self.block_k, self.block_q
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,13 +100,16 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
     if isinstance(config, HopperForwardConfig):
         # The result has room of its own where q's is given to the next item.
         return own * (2 if config.q_in_registers else 1) + config.num_stages * 2 * config.block_k * row
-    if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
-        streamed = config.num_stages * config.block_q * (2 * row + 8)
-        if isinstance(config, HopperBackwardDkdvConfig):
-            return 2 * own + streamed
-        # dS of two steps, and a query tile's dQ in float32 on its way out.
-        exchanged = 2 * config.rows_per_item * config.block_q * (shape.dtype_bits // 8) + config.block_q * shape.head_dim * 4
-        return 2 * own + streamed + exchanged
+    if isinstance(config, HopperBackwardDkdvConfig):
+        return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
+    if isinstance(config, HopperBackwardConfig):
+        # dS of two steps, or P and dS of one.
+        exchanged = 2 * config.block_k * config.block_q * (shape.dtype_bits // 8)
+        kept = 2 * config.block_k * row + exchanged
+        if is_wide(shape):
+            # One slot of dout, three boxes of 64 columns of dQ in float32 on their way out.
+            return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 3 * 64 * 4)
+        return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * shape.head_dim * 4
     assert isinstance(config, HopperBackwardDqConfig)
     return 2 * own + config.num_stages * 2 * config.block_k * row
 
@@ -123,6 +126,9 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
         return config.block_k * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperForwardConfig):
         return config.rows_per_item // 2 * (dv + config.block_k) // threads
+    if isinstance(config, HopperBackwardConfig) and is_wide(shape):
+        # A consumer holds one gradient and no tile of scores.
+        return config.block_k * d // threads
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
         return config.rows_per_item // 2 * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperBackwardDqConfig):
@@ -130,8 +136,15 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
     return 0
 
 
+def is_wide(shape: Shape) -> bool:
+    """Whether Hopper's fused backward needs a warp group for each of dK and dV: both of 64 keys do not fit the registers of one."""
+    return shape.head_dim > 128
+
+
 def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
+    if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
+        return f"expected items of 128 keys, or of 64 for head dims above 128, given {config.block_k} at {shape.head_dim}"
     needed = shared_memory(config, shape, device.arch)
     if needed > device.shared_memory:
         return f"expected at most {device.shared_memory} bytes of shared memory, needs {needed}"

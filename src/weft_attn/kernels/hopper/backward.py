@@ -1,7 +1,7 @@
 """Backward on Hopper by keys: the kernel, which computes dK and dV, or with dq_sum dQ too.
 
-A producer warp group feeds two consumers that own 64 keys of one KV head each (by_keys.py): backward_dkdv.py or backward_fused.py. q, dout
-(Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in
+A producer warp group feeds two consumers that own 64 keys of one KV head each (by_keys.py): backward_dkdv.py or backward_fused.py; or
+three that share 64 keys: backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128, and with dq_sum 256; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in
 their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order. Deterministic
 without dq_sum.
 """
@@ -16,11 +16,33 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
 from weft_attn.kernels.hopper.backward_fused import consume_for_all, dq_columns, make_exchange
+from weft_attn.kernels.hopper.backward_wide import (
+    DOUT_STAGES,
+    DQ_COLUMNS,
+    WIDE_CONSUMERS,
+    make_wide_exchange,
+    sum_products,
+    weigh_and_differentiate,
+)
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
 from weft_attn.kernels.hopper.schedule import make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
+
+# The widest head whose dK and dV of 64 keys one warp group holds.
+WIDEST_PAIR = gl.constexpr(128)
+PRODUCER_REGISTERS = 24
+
+
+def rows_per_item(head_dim: int) -> int:
+    """Keys of an item at most."""
+    return ROWS.value * (1 if head_dim > WIDEST_PAIR.value else CONSUMERS.value)
+
+
+def _columns_of_a_box(block_q: int, head_dim: int) -> int:
+    """Columns of dQ, 64 rows, that are sent together."""
+    return DQ_COLUMNS.value if head_dim > WIDEST_PAIR.value else dq_columns(block_q, head_dim)
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -60,6 +82,7 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    WEIGHER_REGISTERS: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     # An integer that is 1 comes as a constant.
@@ -70,9 +93,26 @@ def hopper_backward_kernel(
         gl.to_tensor(stride_stats_copy), gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
-    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
-    if dq_sum_desc is None:
-        memory = make_memory(p, schedule, STAGES, 1)
+    N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if HEAD_DIM > WIDEST_PAIR else CONSUMERS
+    schedule = make_schedule(
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), N_CONSUMERS
+    )
+    if HEAD_DIM > WIDEST_PAIR:
+        memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)
+        exchange = make_wide_exchange(p, dq_sum_desc)
+        fence_async_shared()
+        gl.warp_specialize(
+            [
+                (produce, (p, memory)),
+                (sum_products, (p, memory, exchange, gl.constexpr(True))),
+                (sum_products, (p, memory, exchange, gl.constexpr(False))),
+                (weigh_and_differentiate, (p, memory, exchange)),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, WEIGHER_REGISTERS],
+        )
+    elif dq_sum_desc is None:
+        memory = make_memory(p, schedule, CONSUMERS, 1, STAGES, 0)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -84,7 +124,7 @@ def hopper_backward_kernel(
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
         )
     else:
-        memory = make_memory(p, schedule, STAGES, CONSUMERS)
+        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
         exchange = make_exchange(p, dq_sum_desc)
         fence_async_shared()
         gl.warp_specialize(
@@ -140,7 +180,7 @@ def hopper_backward_call(
             k_desc=head_box(k, ROWS.value),
             v_desc=head_box(v, ROWS.value),
             dout_desc=head_box(dout, config.block_q),
-            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, dq_columns(config.block_q, q.shape[2])),
+            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, _columns_of_a_box(config.block_q, q.shape[2])),
             lse_log2_desc=vector_box(lse_log2, config.block_q),
             delta_desc=vector_box(delta, config.block_q),
             dk_ptr=dk,
@@ -173,6 +213,7 @@ def hopper_backward_call(
             BLOCK_Q=config.block_q,
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
+            WEIGHER_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS,
             CONSUMER_REGISTERS=config.consumer_registers,
         ),
         num_warps=config.num_warps,

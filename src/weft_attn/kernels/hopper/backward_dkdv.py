@@ -17,7 +17,8 @@ from weft_attn.kernels.hopper.by_keys import (
     multiply_queries,
     seen_by,
     weigh,
-    write_gradients,
+    write_dk,
+    write_dv,
 )
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, product_layout
 from weft_attn.kernels.triton import layout
@@ -90,7 +91,8 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
 
         memory.k.release(kv_step)
         memory.v.release(kv_step)
-        write_gradients(p, kv_head, dk_acc, dv_acc, first_row, n_rows)
+        write_dk(p, kv_head, 0, dk_acc, first_row, n_rows)
+        write_dv(p, kv_head, 0, dv_acc, first_row, n_rows)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

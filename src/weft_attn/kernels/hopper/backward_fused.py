@@ -26,7 +26,8 @@ from weft_attn.kernels.hopper.by_keys import (
     multiply_queries,
     seen_by,
     weigh,
-    write_gradients,
+    write_dk,
+    write_dv,
 )
 from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
@@ -208,7 +209,8 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
         memory.k.release(kv_step)
         memory.k.release(other_step)
         memory.v.release(kv_step)
-        write_gradients(p, kv_head, dk_acc, dv_acc, first_row, n_rows)
+        write_dk(p, kv_head, 0, dk_acc, first_row, n_rows)
+        write_dv(p, kv_head, 0, dv_acc, first_row, n_rows)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

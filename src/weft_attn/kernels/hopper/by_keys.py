@@ -77,8 +77,9 @@ class Memory:
     """Shared memory of a program.
 
     Attributes:
-        k, v: a slot for each consumer's 64 keys.
-        slots: for query tiles of one head: q, dout, lse_log2 and delta.
+        k, v: a slot for each 64 keys of an item.
+        slots: for query tiles of one head: q, lse_log2, delta, and dout unless it has slots of its own.
+        dout_slots: dout's own slots; otherwise `slots`.
         cleaned: barrier: both consumers have zeroed their halves of what a query tile holds beyond its slice.
     """
 
@@ -86,34 +87,42 @@ class Memory:
     k: Ring
     v: Ring
     slots: Slots
+    dout_slots: Slots
     q: gl.shared_memory_descriptor
     dout: gl.shared_memory_descriptor
     lse_log2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
     cleaned: gl.shared_memory_descriptor
+    IS_DOUT_APART: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, schedule, k, v, slots, q, dout, lse_log2, delta, cleaned):
-        self.schedule, self.k, self.v, self.slots = schedule, k, v, slots
+    def __init__(self, schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, cleaned, IS_DOUT_APART):
+        self.schedule, self.k, self.v, self.slots, self.dout_slots = schedule, k, v, slots, dout_slots
         self.q, self.dout, self.lse_log2, self.delta, self.cleaned = q, dout, lse_log2, delta, cleaned
+        self.IS_DOUT_APART = gl.constexpr(IS_DOUT_APART)
 
 
 @gluon.jit
 def _load_queries(p, memory, step, first_head, n_heads, run, n_tiles):
     """Ask for the query tiles of one stream, each of `n_heads` heads; the step after them."""
-    N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + p.dout_desc.block_type.nbytes + 8 * p.BLOCK_Q
+    DOUT_BYTES: gl.constexpr = p.dout_desc.block_type.nbytes
+    N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + 8 * p.BLOCK_Q + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
     col, left = first_tile(p.runs_ptr, run)
     for _ in range(n_tiles):
         for head in range(first_head, first_head + n_heads):
             slot, full = memory.slots.acquire(step, N_BYTES)
             load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
-            load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
+            if not memory.IS_DOUT_APART:
+                load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
             # The shifted copy in which this element is 16-byte aligned, see triton/delta.py.
             element = head * p.stride_stats_h + col
             copy = element % 4
             start = copy * p.stride_stats_copy + element - copy
             load_box(p.lse_log2_desc, [start], full, memory.lse_log2.index(slot))
             load_box(p.delta_desc, [start], full, memory.delta.index(slot))
+            if memory.IS_DOUT_APART:
+                dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
+                load_box(p.dout_desc, [col, head * p.stride_doh], dout_full, memory.dout.index(dout_slot))
             step += 1
         run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
     return step
@@ -121,6 +130,8 @@ def _load_queries(p, memory, step, first_head, n_heads, run, n_tiles):
 
 @gluon.jit
 def produce(p, memory):
+    """The producer: of each item its keys, its edge tiles with all heads of the group by turns, its interior tiles head after head."""
+    KEY_TILES: gl.constexpr = memory.k.slots.STAGES
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -137,9 +148,9 @@ def produce(p, memory):
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
             number = schedule.take()
-        for consumer in gl.static_range(CONSUMERS):
-            memory.k.load(turn * CONSUMERS + consumer, p.k_desc, row + consumer * ROWS, kv_head * p.stride_kh)
-            memory.v.load(turn * CONSUMERS + consumer, p.v_desc, row + consumer * ROWS, kv_head * p.stride_vh)
+        for tile in gl.static_range(KEY_TILES):
+            memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
+            memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
         first_head = kv_head * p.GROUP
         step = _load_queries(p, memory, step, first_head, p.GROUP, edge_run, edge_tiles)
         if is_short:
@@ -156,16 +167,27 @@ def produce(p, memory):
 
 
 @gluon.jit
-def make_memory(p, schedule, STAGES: gl.constexpr, KEY_READERS: gl.constexpr):
-    """Shared memory with `STAGES` slots for query tiles; the keys of each consumer are read by `KEY_READERS`."""
-    k = make_ring(p.k_desc, CONSUMERS, KEY_READERS)
-    v = make_ring(p.v_desc, CONSUMERS, 1)
+def make_memory(
+    p, schedule, KEY_TILES: gl.constexpr, KEY_READERS: gl.constexpr, STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr
+):
+    """Shared memory with `STAGES` slots for query tiles, each read by two warp groups.
+
+    Args:
+        KEY_TILES: tiles of 64 keys of an item, each tile of k read by `KEY_READERS` warp groups and that of v by one.
+        DOUT_STAGES: slots of dout's own; 0: it lies with q.
+    """
+    IS_DOUT_APART: gl.constexpr = DOUT_STAGES > 0
+    k = make_ring(p.k_desc, KEY_TILES, KEY_READERS)
+    v = make_ring(p.v_desc, KEY_TILES, 1)
     slots = make_slots(STAGES, CONSUMERS)
+    dout_slots = slots
+    if IS_DOUT_APART:
+        dout_slots = make_slots(DOUT_STAGES, CONSUMERS)
     cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(cleaned, count=CONSUMERS)
     return Memory(
-        schedule, k, v, slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, STAGES),
-        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), cleaned,
+        schedule, k, v, slots, dout_slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, dout_slots.STAGES),
+        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), cleaned, IS_DOUT_APART,
     )  # fmt: skip
 
 
@@ -237,10 +259,14 @@ def seen_by(p, first, stop, col):
 
 
 @gluon.jit
-def write_gradients(p, kv_head, dk_acc, dv_acc, first_row, n_rows):
-    """Write a consumer's dK and dV."""
-    acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
-    wide_head = kv_head.to(gl.int64)
-    dk_ptr = p.dk_ptr + wide_head * p.stride_dkh
-    write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows, acc_layout)
-    write_rows(p.dv_ptr + wide_head * p.stride_dvh, p.stride_dvt, dv_acc, first_row, n_rows, acc_layout)
+def write_dk(p, kv_head, first_column, dk_acc, first_row, n_rows):
+    """Write columns of the dK of 64 keys at most, given without its scale."""
+    dk_ptr = p.dk_ptr + kv_head.to(gl.int64) * p.stride_dkh + first_column
+    write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows, product_layout(dk_acc.shape[1]))
+
+
+@gluon.jit
+def write_dv(p, kv_head, first_column, dv_acc, first_row, n_rows):
+    """Write columns of the dV of 64 keys at most."""
+    dv_ptr = p.dv_ptr + kv_head.to(gl.int64) * p.stride_dvh + first_column
+    write_rows(dv_ptr, p.stride_dvt, dv_acc, first_row, n_rows, product_layout(dv_acc.shape[1]))

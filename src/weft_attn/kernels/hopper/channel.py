@@ -6,7 +6,7 @@ step // STAGES phases before.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 
@@ -16,7 +16,7 @@ class Slots:
     """`STAGES` slots in turn.
 
     Attributes:
-        full: (STAGES, 1) barriers that complete when the copy engine has filled a slot.
+        full: (STAGES, 1) barriers that complete when a slot is filled.
         empty: (STAGES, 1) barriers that complete when every consumer has released a slot.
     """
 
@@ -33,11 +33,17 @@ class Slots:
     @gluon.jit
     def acquire(self, step, N_BYTES: gl.constexpr):
         """Producer: wait until the slot is free, and announce how many bytes will come; the slot, and the barrier that counts them."""
-        slot = step % self.STAGES
-        mbarrier.wait(self.empty.index(slot), ((step // self.STAGES) & 1) ^ 1)
+        slot = self.wait_empty(step)
         full = self.full.index(slot)
         mbarrier.expect(full, N_BYTES)
         return slot, full
+
+    @gluon.jit
+    def wait_empty(self, step):
+        """Producer: the slot, once it is free."""
+        slot = step % self.STAGES
+        mbarrier.wait(self.empty.index(slot), ((step // self.STAGES) & 1) ^ 1)
+        return slot
 
     @gluon.jit
     def wait(self, step):
@@ -69,6 +75,16 @@ class Ring:
         """Producer: ask for the box at (row, column), once its slot is free."""
         slot, full = self.slots.acquire(step, desc.block_type.nbytes)
         load_box(desc, [row, column], full, self.tiles.index(slot))
+
+    @gluon.jit
+    def put(self, step, tile, zero):
+        """Producer that is a warp group: write a tile for the products of others, and its own, once its slot is free.
+
+        `zero` is 0: the compiler must not know that the slot is always the same (backward_dkdv.py).
+        """
+        self.tiles.index(self.slots.wait_empty(step) + zero).store(tile)
+        fence_async_shared()
+        mbarrier.arrive(self.slots.full.index(step % self.slots.STAGES), count=1)
 
     @gluon.jit
     def wait(self, step):
