@@ -144,7 +144,9 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit() -> None:
     assert int(differing) == 0
 
 
-@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float16), (64, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(128, torch.bfloat16), (128, torch.float16), (64, torch.bfloat16), (256, torch.bfloat16)]
+)
 def test_long_rows_take_the_fused_backward_and_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
     case = replace(MAIN, plan="zigzag_rank_1_of_2", size=5000, heads=4, kv_heads=1, head_dim=dim, dtype=dtype)
     plan = case.make_plan()

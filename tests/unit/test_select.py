@@ -40,7 +40,7 @@ from weft_attn.launch.select import (
     tables,
     tma_usable,
 )
-from weft_attn.launch.splits import cut_forward, heads_per_wave, least_heads
+from weft_attn.launch.splits import cut_forward, heads_per_wave, last_heads
 from weft_attn.plan import Plan
 from weft_attn.plan.stream import Tiling, device_stream
 
@@ -340,14 +340,12 @@ def test_a_wave_holds_at_least_one_head_and_at_most_all() -> None:
     assert heads_per_wave(0, 100, 8) == 8
 
 
-def test_a_wave_holds_what_balance_asks_for_where_that_is_more() -> None:
-    assert heads_per_wave(10, 35, 8, 2) == 3
-    assert heads_per_wave(100, 10, 8, 3) == 4, "two waves of four, not three of which one is short"
-    assert heads_per_wave(100, 10, 8, 100) == 8
+def test_the_last_wave_lasts_as_long_as_its_longest_item() -> None:
     causal = device_stream(Plan.dense(1, 16384, 16384, causal=True), Tiling(128, 64, transposed=True), torch.device("cpu"))
     # The longest of 128 items is twice the mean: a head's items on 132 multiprocessors take half as long as that one.
-    assert least_heads(causal, 132) == 3
-    assert least_heads(device_stream(Plan([], 10, 0), Tiling(128, 64), torch.device("cpu")), 132) == 0
+    assert last_heads(causal, 132, 8) == 3
+    assert last_heads(causal, 132, 2) == 2
+    assert last_heads(device_stream(Plan([], 10, 0), Tiling(128, 64), torch.device("cpu")), 132, 8) == 0
 
 
 def test_the_fused_backward_serves_long_rows_unless_another_kernel_is_asked_for() -> None:

@@ -300,7 +300,7 @@ def _hopper_call(
         return hopper_forward_call(q=rows, k=keys, v=keys, sinks=sinks, out=rows, lse=statistics, **grid, **stream)
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
         summed = dq_sum if isinstance(config, HopperBackwardConfig) else None
-        return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, **grid, **backward)
+        return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, last_heads=1, **grid, **backward)
     return hopper_backward_dq_call(dq=rows, **grid, **backward)
 
 

@@ -57,13 +57,11 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     return ForwardCut(choice, config, pack, Tiling(rows, config.block_k, max_tiles))
 
 
-def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int, least: int = 1) -> int:
-    """Heads whose streamed tensors fit `wave_bytes` together, or `least` where that is more, in waves of nearly equal size."""
-    fitting = max(1, wave_bytes // max(1, bytes_per_head))
-    waves = -(-heads // fitting) if fitting >= least else max(1, heads // least)
-    return -(-heads // waves)
+def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
+    """Heads whose streamed tensors fit `wave_bytes` together, at least one."""
+    return max(1, min(heads, wave_bytes // max(1, bytes_per_head)))
 
 
-def least_heads(stream: DeviceStream, multiprocessors: int) -> int:
-    """Heads of a wave that takes as long as its longest item: with fewer, that item of the last wave would end long after the rest."""
-    return -(-multiprocessors * stream.longest // max(1, stream.tiles))
+def last_heads(stream: DeviceStream, multiprocessors: int, heads: int) -> int:
+    """Heads of a wave that takes as long as its longest item: a last wave of fewer would wait for that one."""
+    return min(heads, -(-multiprocessors * stream.longest // max(1, stream.tiles)))

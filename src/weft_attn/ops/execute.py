@@ -26,7 +26,7 @@ from weft_attn.launch.select import (
     select_first,
     select_fused,
 )
-from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, least_heads
+from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
 from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -220,11 +220,12 @@ def _hopper_forward_recipe(prepared: PreparedForward, multiprocessors: int, soft
 
 @dataclass(frozen=True)
 class PreparedBackward:
-    """A backward kernel's config, stream and wave for one plan."""
+    """A backward kernel's config, stream and waves for one plan."""
 
     config: StreamConfig | HopperConfig
     stream: DeviceStream
     wave: int
+    last_heads: int = 0
 
 
 def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> PreparedBackward:
@@ -238,9 +239,8 @@ def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tenso
     is_fused = config.kernel == FUSED_KERNEL
     stream = device_stream(plan, Tiling(*config.cut, transposed=True, masks_ragged=is_fused), q.device)
     bytes_per_row = (q.shape[2] + v.shape[2]) * q.element_size() + (4 * q.shape[2] if is_fused else 0)
-    least = least_heads(stream, device_of(q.device).multiprocessors)
-    wave = heads_per_wave(q.shape[0] * bytes_per_row * group, config.wave_bytes, k.shape[1], least)
-    return PreparedBackward(config, stream, wave)
+    wave = heads_per_wave(q.shape[0] * bytes_per_row * group, config.wave_bytes, k.shape[1])
+    return PreparedBackward(config, stream, wave, last_heads(stream, device_of(q.device).multiprocessors, k.shape[1]))
 
 
 def attention_backward_into(
@@ -385,6 +385,7 @@ def _gradient_step(
         shared |= dict(counter=t["counter"], multiprocessors=multiprocessors)
         if kernel in DQ_KERNELS:
             return hopper_backward_dq_call(**shared, dq=t["dq"])
+        shared |= dict(last_heads=prepared.last_heads)
         return hopper_backward_call(**shared, dk=t["dk"], dv=t["dv"], dq_sum=t["dq_sum"] if kernel == FUSED_KERNEL else None)
 
     return make

@@ -71,6 +71,7 @@ def hopper_backward_kernel(
     n_items,
     n_heads,
     heads_per_wave,
+    last_heads,
     counter_ptr,
     zero,
     softmax_scale,
@@ -95,7 +96,12 @@ def hopper_backward_kernel(
     )  # fmt: skip
     N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if HEAD_DIM > WIDEST_PAIR else CONSUMERS
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), N_CONSUMERS
+        counter_ptr,
+        gl.to_tensor(n_items),
+        gl.to_tensor(n_heads),
+        gl.to_tensor(heads_per_wave),
+        gl.to_tensor(last_heads),
+        N_CONSUMERS,
     )
     if HEAD_DIM > WIDEST_PAIR:
         memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)
@@ -153,6 +159,7 @@ def hopper_backward_call(
     runs: torch.Tensor,
     n_items: int,
     heads_per_wave: int,
+    last_heads: int,
     counter: torch.Tensor,
     softmax_scale: float,
     softcap: float,
@@ -165,7 +172,7 @@ def hopper_backward_call(
         q, k, v, dout, lse_log2, delta, dk, dv, dq_sum: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
         items, runs: tables of the transposed plan, cut with rows_per_tile = 128 and block_cols = block_q; with dq_sum also with
             masks_ragged.
-        heads_per_wave: KV heads whose items run together.
+        heads_per_wave, last_heads: KV heads whose items run together; those of the last wave at least.
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
         multiprocessors: programs of the persistent grid at most.
         config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`.
@@ -200,6 +207,7 @@ def hopper_backward_call(
             n_items=n_items,
             n_heads=kv_heads,
             heads_per_wave=heads_per_wave,
+            last_heads=last_heads,
             counter_ptr=counter,
             zero=0,
             softmax_scale=softmax_scale,

@@ -280,7 +280,9 @@ def hopper_backward_dq_kernel(
         gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_stats_h),
         softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
     )  # fmt: skip
-    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
+    schedule = make_schedule(
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS
+    )
     # A slot of q and dout for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)

@@ -368,7 +368,9 @@ def hopper_forward_kernel(
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(stride_lse_h),
         inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
-    schedule = make_schedule(counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), CONSUMERS)
+    schedule = make_schedule(
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS
+    )
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     k = make_ring(k_desc, KV_STAGES, CONSUMERS)

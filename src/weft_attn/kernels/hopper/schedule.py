@@ -38,14 +38,15 @@ class Schedule:
     n_items: gl.tensor
     n_heads: gl.tensor
     heads_per_wave: gl.tensor
+    last_heads: gl.tensor
     records: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, records, full, empty):
+    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty):
         self.counter_ptr = counter_ptr
-        self.n_items, self.n_heads, self.heads_per_wave = n_items, n_heads, heads_per_wave
+        self.n_items, self.n_heads, self.heads_per_wave, self.last_heads = n_items, n_heads, heads_per_wave, last_heads
         self.records, self.full, self.empty = records, full, empty
 
     @gluon.jit
@@ -54,10 +55,14 @@ class Schedule:
 
     @gluon.jit
     def item_and_head(self, number):
-        """What a number stands for: waves of heads that fit the L2 cache, longest items first, an item's heads together."""
-        wave = number // (self.n_items * self.heads_per_wave)
+        """What a number stands for: waves of heads that fit the L2 cache, longest items first, an item's heads together.
+
+        The last wave has `last_heads` or more, so that it lasts as long as its longest item.
+        """
+        full_waves = (self.n_heads - self.last_heads) // self.heads_per_wave
+        wave = gl.minimum(number // (self.n_items * self.heads_per_wave), full_waves)
         first_head = wave * self.heads_per_wave
-        heads = gl.minimum(self.heads_per_wave, self.n_heads - first_head)
+        heads = gl.where(wave < full_waves, self.heads_per_wave, self.n_heads - first_head)
         within = number - wave * self.n_items * self.heads_per_wave
         return within // heads, first_head + within % heads
 
@@ -133,11 +138,11 @@ class Schedule:
 
 
 @gluon.jit
-def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, CONSUMERS: gl.constexpr):
+def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr):
     records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, records, full, empty)
+    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty)

@@ -48,6 +48,16 @@ COMBINE_N_SLOTS = tl.constexpr(3)
 
 # Arguments whose values follow the batch: a kernel compiled for multiples of 16 of them would be compiled again in the middle of
 # a training run.
-OF_THE_BATCH = ("n_items", "total_q", "stride_lse_h", "stride_dlse_h", "stride_copy", "stride_stats_copy", "stride_stats_h")
+OF_THE_BATCH = (
+    "n_items",
+    "heads_per_wave",
+    "last_heads",
+    "total_q",
+    "stride_lse_h",
+    "stride_dlse_h",
+    "stride_copy",
+    "stride_stats_copy",
+    "stride_stats_h",
+)
 
 DIGEST = zlib.crc32(repr(sorted((n, c.value) for n, c in list(globals().items()) if isinstance(c, tl.constexpr))).encode())
