@@ -91,6 +91,27 @@ def test_nan_where_nobody_looks_reaches_nothing(name: str) -> None:
     check(replace(MAIN, plan=name), poison=True)
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_nan_of_a_document_reaches_no_other(dim: int) -> None:
+    """Nor through zeros that are added to a neighbour's rows of dQ."""
+    case = replace(MAIN, plan="packed_unequal", head_dim=dim)
+    offsets = [0, 100, 230, 400, 401, 500]
+    plan = weft.Plan.from_cu_seqlens(offsets, offsets, causal=True)
+    clean = make_inputs(case, plan, DEVICE)
+    sick = slice(100, 230)
+    for deterministic in (False, True):
+        attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic)
+        dirty = make_inputs(case, plan, DEVICE)
+        for t in (dirty.q, dirty.k, dirty.v, dirty.dout):
+            t[sick] = float("nan")
+        with override(*rows_of(case, deterministic=deterministic)):
+            want, got = (evaluate(lambda q, k, v, sinks: attention(q, k, v), x) for x in (clean, dirty))  # type: ignore[arg-type] # noqa: B023
+        for name in ("out", "dq", "dk", "dv"):
+            one, other = getattr(got, name).clone(), getattr(want, name).clone()
+            one[sick], other[sick] = 0, 0
+            torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_graphs_replay_beside_eager_launches() -> None:
     """A persistent grid counts its items: a captured launch with a counter of its own."""
     case = replace(MAIN, plan="packed")

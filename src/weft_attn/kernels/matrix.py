@@ -116,8 +116,10 @@ class Outcome:
 
 
 def allowed_atomics(config: LaunchConfig) -> int:
-    """Results are summed without atomics. A persistent grid counts with two: which item is next, and who is done."""
-    return 2 if isinstance(config, HopperConfig) else 0
+    """Results are summed without atomics that return something. A persistent grid counts with three: which item is next, asked in two
+    places, and who is done.
+    """
+    return 3 if isinstance(config, HopperConfig) else 0
 
 
 def variants(

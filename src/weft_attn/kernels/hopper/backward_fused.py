@@ -31,7 +31,7 @@ from weft_attn.kernels.hopper.by_keys import (
 )
 from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
@@ -89,8 +89,11 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _add_dq(p, exchange, dq, head, col, CONSUMER: gl.constexpr):
-    """Send this consumer's half of a query tile's dQ to be added."""
+def _add_dq(p, exchange, dq, head, col, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
+    """Send this consumer's half of a query tile's dQ to be added, and zeros from the tile's n_valid-th row on."""
+    if IS_MASKED:
+        FIRST: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
+        dq = zero_rows(dq, n_valid - FIRST, product_layout(dq.shape[1]))
     smem = exchange.dq.index(CONSUMER)
     # The last step's must have left before this one comes.
     tma.store_wait(pendings=0)
@@ -112,7 +115,7 @@ def _multiply_scores(p, memory, step, zero, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _accumulate_tile(
-    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, head,
+    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, n_valid, head,
     IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """One query tile of one head into dk_acc and dv_acc, (64 keys, D) float32, and into dq_sum; the next step's scores with them."""
@@ -141,7 +144,7 @@ def _accumulate_tile(
     dk_acc = warpgroup_mma(dscores_operand, q_tile, dk_acc, is_async=True)
     # The operands too: their registers are read until the products are done.
     dq, dv_acc, _ = warpgroup_mma_wait(1, deps=[dq, dv_acc, probs_operand])
-    _add_dq(p, exchange, dq, head, col, CONSUMER)
+    _add_dq(p, exchange, dq, head, col, n_valid, IS_MASKED, CONSUMER)
     # After the item's last step its own once more, for nothing: a branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero, CONSUMER)
     dk_acc, next_scores, _ = warpgroup_mma_wait(0, deps=[dk_acc, next_scores, dscores_operand])
@@ -189,8 +192,8 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
                 zero = zero * 3
                 cleaned = clean_queries(p, memory, step, col_stop - col, cleaned, CONSUMER)
                 scores, dk_acc, dv_acc = _accumulate_tile(
-                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, first_head + member,
-                    True, CONSUMER,
+                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, col_stop - col,
+                    first_head + member, True, CONSUMER,
                 )  # fmt: skip
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
@@ -200,8 +203,8 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
             for _ in range(interior_tiles):
                 zero = zero * 3
                 scores, dk_acc, dv_acc = _accumulate_tile(
-                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, first_head + member,
-                    False, CONSUMER,
+                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, p.BLOCK_Q,
+                    first_head + member, False, CONSUMER,
                 )  # fmt: skip
                 step += 1
                 run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import differentiate, hear_item, multiply_queries, seen_by, weigh, write_dk, write_dv
 from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
-from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout
+from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
@@ -171,7 +171,7 @@ def _clean_queries(p, memory, step, n_valid):
 
 
 @gluon.jit
-def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop, col, head, IS_MASKED: gl.constexpr):
+def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop, col, n_valid, head, IS_MASKED: gl.constexpr):
     """Hand on P and dS of one query tile of one head, and send its dQ; the next step's scores."""
     slot = step % memory.slots.STAGES
     dout_slot = memory.dout_slots.wait(step)
@@ -188,11 +188,15 @@ def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop,
     dq_right = _multiply_dq(p, memory, exchange, zero, 1)
     row = head * p.stride_stats_h + col
     dq_left = warpgroup_mma_wait(1, deps=[dq_left])
+    if IS_MASKED:
+        dq_left = zero_rows(dq_left, n_valid, product_layout(2 * DQ_COLUMNS))
     _add_half(exchange, dq_left, step, row, 0)
     # Runs while the other half leaves; not before, for want of registers. After the item's last step its own once more, for nothing: a
     # branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero)
     dq_right = warpgroup_mma_wait(1, deps=[dq_right])
+    if IS_MASKED:
+        dq_right = zero_rows(dq_right, n_valid, product_layout(2 * DQ_COLUMNS))
     _add_half(exchange, dq_right, step, row, 1)
     next_scores = warpgroup_mma_wait(0, deps=[next_scores])
     memory.slots.release(step)
@@ -233,7 +237,19 @@ def weigh_and_differentiate(p, memory, exchange):
                 zero = zero * 3
                 _clean_queries(p, memory, step, col_stop - col)
                 scores = _weigh_tile(
-                    p, memory, exchange, step, last_step, zero, scores, first, stop, col, first_head + member, True
+                    p,
+                    memory,
+                    exchange,
+                    step,
+                    last_step,
+                    zero,
+                    scores,
+                    first,
+                    stop,
+                    col,
+                    col_stop - col,
+                    first_head + member,
+                    True,
                 )
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
@@ -243,7 +259,7 @@ def weigh_and_differentiate(p, memory, exchange):
             for _ in range(interior_tiles):
                 zero = zero * 3
                 scores = _weigh_tile(
-                    p, memory, exchange, step, last_step, zero, scores, rows, rows, col, first_head + member, False
+                    p, memory, exchange, step, last_step, zero, scores, rows, rows, col, p.BLOCK_Q, first_head + member, False
                 )
                 step += 1
                 run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)

@@ -112,6 +112,13 @@ def clean_rows(tile, n_valid):
 
 
 @gluon.jit
+def zero_rows(tile, n_valid, product: gl.constexpr):
+    """A (64, columns) product with zeros from the n_valid-th row on: others' rows, and a hidden NaN makes NaN of a zero weight."""
+    rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, product))
+    return gl.where((rows < n_valid)[:, None], tile, 0.0)
+
+
+@gluon.jit
 def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
     """As `clean_rows`, a consumer's half of a streamed tile. `agree` before the tile is read."""
     HALF: gl.constexpr = tile.shape[0] // CONSUMERS
