@@ -182,8 +182,8 @@ def test_an_interpreting_triton_is_refused(weft: Callable[..., subprocess.Comple
     assert "TRITON_INTERPRET" in done.stderr
 
 
-def test_a_persistent_grid_counts_with_its_two_atomics_and_no_more() -> None:
+def test_a_persistent_grid_counts_with_its_three_atomics_and_no_more() -> None:
     outcome = compile_variant(HOPPER)
     assert outcome.error == ""
-    assert outcome.atomics == 2
+    assert outcome.atomics == 3
     assert outcome.faults(MAX_SPILL) == []

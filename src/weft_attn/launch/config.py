@@ -14,6 +14,8 @@ from typing import ClassVar
 from weft_attn.errors import WeftError, require
 
 CACHE_MODIFIERS = ("", ".ca", ".cg")
+# The widest head whose dK and dV of 64 keys one warp group of Hopper's fused backward holds in its registers.
+WIDEST_PAIR = 128
 
 
 class InvalidConfig(WeftError):
@@ -157,7 +159,7 @@ class HopperForwardConfig(HopperConfig):
 class HopperBackwardConfig(HopperConfig):
     """All gradients on Hopper in one kernel, which is not deterministic: `block_k` keys against query tiles of `block_q`.
 
-    block_k is 128, 64 for each of two consumers; for head dims above 128 it is 64, which three consumers share.
+    block_k is 128, 64 for each of two consumers; for head dims above WIDEST_PAIR it is 64, which three consumers share.
     """
 
     kernel: ClassVar[str] = "hopper_backward"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft_attn.launch.config import (
+    WIDEST_PAIR,
     BackwardDkdvConfig,
     BackwardDqConfig,
     ForwardConfig,
@@ -138,13 +139,13 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
 
 def is_wide(shape: Shape) -> bool:
     """Whether Hopper's fused backward needs a warp group for each of dK and dV: both of 64 keys do not fit the registers of one."""
-    return shape.head_dim > 128
+    return shape.head_dim > WIDEST_PAIR
 
 
 def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
-        return f"expected items of 128 keys, or of 64 for head dims above 128, given {config.block_k} at {shape.head_dim}"
+        return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
     needed = shared_memory(config, shape, device.arch)
     if needed > device.shared_memory:
         return f"expected at most {device.shared_memory} bytes of shared memory, needs {needed}"

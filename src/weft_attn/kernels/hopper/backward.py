@@ -1,9 +1,9 @@
 """Backward on Hopper by keys: the kernel, which computes dK and dV, or with dq_sum dQ too.
 
-A producer warp group feeds two consumers that own 64 keys of one KV head each (by_keys.py): backward_dkdv.py or backward_fused.py; or
-three that share 64 keys: backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128, and with dq_sum 256; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in
-their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order. Deterministic
-without dq_sum.
+A producer warp group feeds the consumers (by_keys.py): two that own 64 keys of one KV head each, backward_dkdv.py or
+backward_fused.py, or above head dim 128 three that share 64 keys, backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16,
+D 64 or 128, with dq_sum also 256; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in their own dtype;
+dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order. Deterministic without dq_sum.
 """
 
 from typing import Any
@@ -29,15 +29,11 @@ from weft_attn.kernels.hopper.schedule import make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
+from weft_attn.launch.config import WIDEST_PAIR as LAUNCH_WIDEST_PAIR
 
-# The widest head whose dK and dV of 64 keys one warp group holds.
-WIDEST_PAIR = gl.constexpr(128)
+WIDEST_PAIR = gl.constexpr(LAUNCH_WIDEST_PAIR)
+# Registers a thread that are left to the producer of three consumers.
 PRODUCER_REGISTERS = 24
-
-
-def rows_per_item(head_dim: int) -> int:
-    """Keys of an item at most."""
-    return ROWS.value * (1 if head_dim > WIDEST_PAIR.value else CONSUMERS.value)
 
 
 def _columns_of_a_box(block_q: int, head_dim: int) -> int:
@@ -170,12 +166,12 @@ def hopper_backward_call(
 
     Args:
         q, k, v, dout, lse_log2, delta, dk, dv, dq_sum: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
-        items, runs: tables of the transposed plan, cut with rows_per_tile = 128 and block_cols = block_q; with dq_sum also with
-            masks_ragged.
+        items, runs: tables of the transposed plan, cut as config.cut says, with dq_sum also with masks_ragged.
         heads_per_wave, last_heads: KV heads whose items run together; those of the last wave at least.
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
         multiprocessors: programs of the persistent grid at most.
-        config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`.
+        config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`. Of three consumers two have
+            consumer_registers, and the third what they and the producer leave of max_registers for each of the four.
     """
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
     kv_heads = k.shape[1]
