@@ -109,7 +109,7 @@ def test_only_what_the_target_holds_is_compiled() -> None:
         (Outcome(FORWARD, shared_memory=target("sm_80").shared_memory + 1), "bytes of shared memory of 166912"),
         (Outcome(FORWARD, shared_memory=Outcome(FORWARD).shared_memory_bound + 1), "computed bound"),
         (Outcome(FORWARD, atomics=2), "2 atomics"),
-        (Outcome(HOPPER, atomics=3), "3 atomics, expected at most 2"),
+        (Outcome(HOPPER, atomics=4), "4 atomics, expected at most 3"),
     ],
 )
 def test_each_fault_is_found(outcome: Outcome, fault: str) -> None:

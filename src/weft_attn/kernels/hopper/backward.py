@@ -29,16 +29,9 @@ from weft_attn.kernels.hopper.schedule import make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
-from weft_attn.launch.config import WIDEST_PAIR as LAUNCH_WIDEST_PAIR
 
-WIDEST_PAIR = gl.constexpr(LAUNCH_WIDEST_PAIR)
 # Registers a thread that are left to the producer of three consumers.
 PRODUCER_REGISTERS = 24
-
-
-def _columns_of_a_box(block_q: int, head_dim: int) -> int:
-    """Columns of dQ, 64 rows, that are sent together."""
-    return DQ_COLUMNS.value if head_dim > WIDEST_PAIR.value else dq_columns(block_q, head_dim)
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -80,6 +73,7 @@ def hopper_backward_kernel(
     HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     WEIGHER_REGISTERS: gl.constexpr,
+    IS_WIDE: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     # An integer that is 1 comes as a constant.
@@ -90,7 +84,7 @@ def hopper_backward_kernel(
         gl.to_tensor(stride_stats_copy), gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
-    N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if HEAD_DIM > WIDEST_PAIR else CONSUMERS
+    N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
     schedule = make_schedule(
         counter_ptr,
         gl.to_tensor(n_items),
@@ -99,7 +93,7 @@ def hopper_backward_kernel(
         gl.to_tensor(last_heads),
         N_CONSUMERS,
     )
-    if HEAD_DIM > WIDEST_PAIR:
+    if IS_WIDE:
         memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)
         exchange = make_wide_exchange(p, dq_sum_desc)
         fence_async_shared()
@@ -175,6 +169,9 @@ def hopper_backward_call(
     """
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
     kv_heads = k.shape[1]
+    # Three consumers share 64 keys.
+    is_wide = config.cut[0] == ROWS.value
+    columns = DQ_COLUMNS.value if is_wide else dq_columns(config.block_q, q.shape[2])
     return KernelCall(
         kernel=hopper_backward_kernel,
         grid=(min(multiprocessors, n_items * kv_heads),),
@@ -183,7 +180,7 @@ def hopper_backward_call(
             k_desc=head_box(k, ROWS.value),
             v_desc=head_box(v, ROWS.value),
             dout_desc=head_box(dout, config.block_q),
-            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, _columns_of_a_box(config.block_q, q.shape[2])),
+            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, columns),
             lse_log2_desc=vector_box(lse_log2, config.block_q),
             delta_desc=vector_box(delta, config.block_q),
             dk_ptr=dk,
@@ -217,6 +214,7 @@ def hopper_backward_call(
             BLOCK_Q=config.block_q,
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
+            IS_WIDE=is_wide,
             WEIGHER_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS,
             CONSUMER_REGISTERS=config.consumer_registers,
         ),
