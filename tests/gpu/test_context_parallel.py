@@ -21,6 +21,7 @@ CASES = [
     ParallelCase("contiguous", LENGTHS, MODEL, group_sizes=((1, 2, 1), (1, 2, 1)), keep_gathered=True),
     ParallelCase("striped", LENGTHS, Case(heads=8, kv_heads=1, head_dim=128, head_dim_v=64, dtype=torch.float16)),
     ParallelCase("contiguous", (1,), MODEL),
+    ParallelCase("zigzag", (3001,), MODEL, deterministic=False),
 ]
 
 
@@ -35,4 +36,4 @@ def test_ranks_on_gpus_match_the_oracle_and_repeat_their_bits() -> None:
         assert_ranks_match_oracle(case, found[2 * index])
         for first, second in zip(found[2 * index], found[2 * index + 1], strict=True):
             for (name, one), (_, other) in zip(first.results.items(), second.results.items(), strict=True):
-                assert torch.equal(one, other), f"{case}: {name}"
+                assert torch.equal(one, other) or not case.deterministic, f"{case}: {name}"

@@ -9,13 +9,15 @@ A test, and a script to run under a memory checker:
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import weft_attn as weft
 from weft_attn.launch import HopperForwardConfig, override
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import FORWARD_KERNELS, Problem, select_first
+from weft_attn.launch.select import FORWARD_KERNELS, Problem, select_first, select_fused
 from weft_attn.testing.cases import Case, make_inputs
 from weft_attn.testing.compare import evaluate
 
@@ -23,6 +25,7 @@ CASES = [
     Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
     Case(plan="zigzag_padded", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, sinks=True, softcap=2.0),
     Case(plan="causal_more_rows", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
+    Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=256, dtype=torch.bfloat16),
     Case(plan="concat", size=61, heads=4, kv_heads=2, head_dim=80, dtype=torch.float16),
     Case(plan="odd", heads=2, kv_heads=1, head_dim=64, dtype=torch.float32),
     Case(plan="window_both", size=61, heads=2, kv_heads=1, head_dim=192, head_dim_v=128, dtype=torch.bfloat16),
@@ -33,13 +36,12 @@ CASES = [
 
 
 def run(case: Case) -> None:
-    """Once as selection says, and once with Hopper's forward where it serves: selection leaves it few rows."""
-    choice = select_first(
-        FORWARD_KERNELS, Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8), device_of(torch.device("cuda"))
-    )
+    """Once as selection says, and once with Hopper's forward and fused backward where they serve: selection leaves them few rows."""
+    problem, device = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8), device_of(torch.device("cuda"))
+    choice, fused = select_first(FORWARD_KERNELS, problem, device), select_fused(problem, device, math.inf)
     launch(case)
-    if isinstance(choice.config, HopperForwardConfig):
-        with override(choice.config):
+    if isinstance(choice.config, HopperForwardConfig) and fused:
+        with override(choice.config, fused.config):
             launch(case)
 
 

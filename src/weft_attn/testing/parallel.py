@@ -34,6 +34,7 @@ class ParallelCase:
         heads_per_group: what max_gather_bytes is set to allow; None: leave it.
         group_sizes: KV heads of each group of the forward and of the backward; None: what `head_groups` chooses.
         keep_gathered, grad_reduce_dtype: of `ContextParallel`.
+        deterministic: of `ContextParallel.attention`; unlike there on by default, for bits are compared.
     """
 
     layout: str = "zigzag"
@@ -45,6 +46,7 @@ class ParallelCase:
     group_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     keep_gathered: bool = False
     grad_reduce_dtype: torch.dtype = torch.float32
+    deterministic: bool = True
 
     @property
     def cu_seqlens(self) -> list[int]:
@@ -136,7 +138,16 @@ def run_case(case: ParallelCase, device: torch.device | str = "cpu", group: Any 
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         found: Any = parallel.attention(
-            q, k, v, cu, causal=case.causal, window=case.window, sinks=sinks, return_lse=True, **case.attention.options
+            q,
+            k,
+            v,
+            cu,
+            causal=case.causal,
+            window=case.window,
+            sinks=sinks,
+            deterministic=case.deterministic,
+            return_lse=True,
+            **case.attention.options,
         )
         return found
 
