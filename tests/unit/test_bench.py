@@ -508,6 +508,21 @@ def test_the_report_shows_red_without_a_figure_and_lists_the_absent(capsys: pyte
     assert "a GPU" in text
 
 
+def test_a_record_names_the_kernels_that_ran(monkeypatch: pytest.MonkeyPatch):
+    h100 = replace(target("sm_90"), multiprocessors=132)
+    monkeypatch.setattr(one_kernel, "device_of", lambda _device: h100)
+    monkeypatch.setattr(ops, "runs_reference", lambda _device: False)
+    model = cases.Model(heads=2, kv_heads=1, head_dim=128, dtype_name="bf16")
+    long, short = cases.square_cases(model, 2048)[0], cases.square_cases(model, 256)[0]
+    for case, kernels in (
+        (long, ["hopper_backward"]),
+        (replace(long, deterministic=True), ["hopper_backward_dkdv", "hopper_backward_dq"]),
+        (short, ["hopper_backward_dkdv", "hopper_backward_dq"]),
+    ):
+        text = one_kernel.describe_choice("backward", case, cases.make_tensors(case, CPU))
+        assert [part.split("(")[0] for part in text.split("; ")] == kernels
+
+
 # ---- ablation -------------------------------------------------------------------------------------------------------------
 
 
