@@ -108,8 +108,8 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
         exchanged = 2 * config.block_k * config.block_q * (shape.dtype_bits // 8)
         kept = 2 * config.block_k * row + exchanged
         if is_wide(shape):
-            # One slot of dout, three boxes of 64 columns of dQ in float32 on their way out.
-            return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 3 * 64 * 4)
+            # One slot of dout, two boxes of 64 columns of dQ in float32 on their way out.
+            return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 2 * 64 * 4)
         return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * shape.head_dim * 4
     assert isinstance(config, HopperBackwardDqConfig)
     return 2 * own + config.num_stages * 2 * config.block_k * row

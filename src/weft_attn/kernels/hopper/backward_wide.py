@@ -29,10 +29,9 @@ from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, nex
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
 DOUT_STAGES = gl.constexpr(1)
-# Columns of dQ that leave together, how many such boxes a step sends, and room for how many, taken in turn from step to step.
+# Columns of dQ that leave together, and room for two such boxes in turn. A step sends four: turns go on from step to step.
 DQ_COLUMNS = gl.constexpr(64)
-DQ_BOXES = gl.constexpr(4)
-DQ_SLOTS = gl.constexpr(3)
+DQ_SLOTS = gl.constexpr(2)
 
 
 @aggregate
@@ -143,22 +142,22 @@ def _multiply_dq(p, memory, exchange, zero, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _add_box(exchange, dq, step, row, BOX: gl.constexpr):
-    smem = exchange.dq.index((step * DQ_BOXES + BOX) % DQ_SLOTS)
+def _add_box(exchange, dq, row, BOX: gl.constexpr):
+    smem = exchange.dq.index(BOX % DQ_SLOTS)
     smem.store(gl.convert_layout(dq, product_layout(DQ_COLUMNS)))
     fence_async_shared()
     add_box(exchange.dq_sum_desc, [row, BOX * DQ_COLUMNS], smem)
 
 
 @gluon.jit
-def _add_half(exchange, dq, step, row, HALF: gl.constexpr):
+def _add_half(exchange, dq, row, HALF: gl.constexpr):
     """Send a half of a query tile's dQ to be added."""
     left, right = dq.reshape([dq.shape[0], 2, DQ_COLUMNS]).permute((0, 2, 1)).split()
     # Of the boxes sent before this one, as many may still be read as there are slots for them and it.
     tma.store_wait(pendings=DQ_SLOTS - 1)
-    _add_box(exchange, left, step, row, 2 * HALF)
+    _add_box(exchange, left, row, 2 * HALF)
     tma.store_wait(pendings=DQ_SLOTS - 1)
-    _add_box(exchange, right, step, row, 2 * HALF + 1)
+    _add_box(exchange, right, row, 2 * HALF + 1)
 
 
 @gluon.jit
@@ -190,14 +189,14 @@ def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop,
     dq_left = warpgroup_mma_wait(1, deps=[dq_left])
     if IS_MASKED:
         dq_left = zero_rows(dq_left, n_valid, product_layout(2 * DQ_COLUMNS))
-    _add_half(exchange, dq_left, step, row, 0)
+    _add_half(exchange, dq_left, row, 0)
     # Runs while the other half leaves; not before, for want of registers. After the item's last step its own once more, for nothing: a
     # branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero)
     dq_right = warpgroup_mma_wait(1, deps=[dq_right])
     if IS_MASKED:
         dq_right = zero_rows(dq_right, n_valid, product_layout(2 * DQ_COLUMNS))
-    _add_half(exchange, dq_right, step, row, 1)
+    _add_half(exchange, dq_right, row, 1)
     next_scores = warpgroup_mma_wait(0, deps=[next_scores])
     memory.slots.release(step)
     return next_scores
