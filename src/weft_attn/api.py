@@ -51,8 +51,9 @@ def attention(
         InvalidInput, InvalidPlan: (both ValueError) a shape, dtype, device, head count or scalar that breaks a rule.
         Unsupported: (a ValueError) no kernel config fits the device.
 
-    Determinism and memory: bitwise repeatable, but for dq as `deterministic` says. Saves q, k, v, out and lse for the backward; no score matrix. A batch that cannot
-    be viewed as (B * S, H, D) is copied once.
+    Determinism and memory: bitwise repeatable, but for dq as `deterministic` says. Saves q, k, v, out and lse for the backward; no
+    score matrix. A backward takes row statistics (32 bytes a row and head at most) and, where it adds dq up, 4 bytes for each element
+    of q. A batch that cannot be viewed as (B * S, H, D) is copied once.
 
     Example:
         >>> import torch, weft_attn as weft

@@ -242,8 +242,8 @@ class ContextParallel:
                 a max_gather_bytes that one head exceeds; with debug, ranks that differ. All before the first collective.
             Unsupported: (a ValueError) no kernel config fits the device.
 
-        Determinism and memory: bitwise repeatable where the group's collectives are (gloo's are; NCCL's for the same ranks and
-        topology). Saves q, k, v, out and lse; `memory` says what is gathered. Under torch.compile it runs outside the graph.
+        Determinism and memory: as `weft.attention`, where the group's collectives repeat their bits (gloo's do; NCCL's for the same
+        ranks and topology). Saves q, k, v, out and lse; `memory` says what is gathered. Under torch.compile it runs outside the graph.
         """
 
         def checked() -> tuple[ShardedBatch, Call]:
