@@ -35,8 +35,9 @@ def qkv(q: Any, k: Any, v: Any, *, packed: bool) -> None:
     is_tensor(k, "k", ndim, of_k)
     is_tensor(v, "v", ndim, of_v)
     # What has passed once passes again: a warm call only looks it up. Traced sizes have no hash.
-    agree = _agree if torch.compiler.is_compiling() else _agree_once
-    agree(q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device))
+    facts = (q.shape, k.shape, v.shape, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device))
+    is_traced = torch.compiler.is_compiling() or not all(type(n) is int for size in facts[:3] for n in size)
+    (_agree if is_traced else _agree_once)(*facts)
 
 
 def _agree(

@@ -112,6 +112,24 @@ def test_nan_of_a_document_reaches_no_other(dim: int) -> None:
             torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_keys_beyond_an_item_have_no_infinite_weights(dim: int) -> None:
+    """Slices that end inside a tile, and scores so low that the weight of a zeroed key overflows fp16."""
+    case = replace(MAIN, head_dim=dim, dtype=torch.float16)
+    plan = weft.Plan.zigzag([0, 1000, 5100], 0, 4)
+    x = make_inputs(case, plan, DEVICE)
+    x.q.mul_(0.1).add_(1.3)
+    x.k.mul_(0.1).sub_(1.3)
+    results = []
+    for deterministic in (False, True):
+        attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic)
+        with override(*rows_of(case, deterministic=deterministic)):
+            results.append(evaluate(lambda q, k, v, sinks: attention(q, k, v), x))  # type: ignore[arg-type] # noqa: B023
+    for (name, one), (_, other) in zip(results[0].items(), results[1].items(), strict=True):
+        assert one.isfinite().all() or name == "lse", name
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=1e-3 * float(other.abs().nan_to_num(posinf=0).max()), msg=name)
+
+
 def test_graphs_replay_beside_eager_launches() -> None:
     """A persistent grid counts its items: a captured launch with a counter of its own."""
     case = replace(MAIN, plan="packed")

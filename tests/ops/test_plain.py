@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import weft_attn as weft
+from weft_attn.errors import Unsupported
 from weft_attn.testing.cases import Case, make_inputs
 from weft_attn.testing.compare import Results, evaluate
 
@@ -81,11 +82,6 @@ def test_a_plain_call_leaves_the_dispatcher_out(mode: Callable[[], AbstractConte
     assert operators == []
 
 
-def differentiate_forwards() -> None:
-    with forward_ad.dual_level():
-        attend(forward_ad.make_dual(tensor(), tensor()))
-
-
 def under(mode: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
     def call() -> None:
         with mode():
@@ -102,7 +98,8 @@ WATCHED: dict[str, Callable[[], object]] = {
     "subclass": lambda: attend(tensor().as_subclass(Subclass)),
     "sinks of a subclass": lambda: weft.plan_attention(*[tensor()] * 3, PLAN, sinks=torch.zeros(2).as_subclass(Subclass)),
     "tracing": lambda: make_fx(attend)(tensor()),
-    "forward mode": differentiate_forwards,
+    "symbolic tracing": lambda: make_fx(attend, tracing_mode="symbolic", _allow_non_fake_inputs=True)(tensor()),
+    "forward mode": under(forward_ad.dual_level),
     "torch.func": lambda: torch.func.functionalize(attend)(tensor()),
     "negated view": lambda: attend(torch.imag(tensor(dtype=torch.complex64).conj())),
 }
@@ -185,3 +182,30 @@ def test_below_autograd_nothing_is_noted() -> None:
     with torch._C._AutoDispatchBelowAutograd():
         assert not attend(x).requires_grad
     assert attend(x).requires_grad
+
+
+def test_a_tangent_is_refused_not_dropped() -> None:
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensor(), tensor())
+        for given in ((dual, tensor(), tensor()), (tensor(), tensor(), dual)):
+            with pytest.raises(Unsupported, match="forward-mode"):
+                weft.plan_attention(*given, PLAN)
+
+
+def test_a_plan_of_inference_mode_serves_a_training() -> None:
+    with torch.inference_mode():
+        plan = weft.Plan.from_cu_seqlens([0, 3, 7], [0, 3, 7], causal=True)
+        weft.plan_attention(tensor(), tensor(), tensor(), plan)
+    x = tensor(requires_grad=True)
+    out = weft.plan_attention(x, x, x, plan)
+    assert isinstance(out, torch.Tensor)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_hooks_that_copy_what_is_saved_do_not_cost_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = tensor(requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        out = attend(x)
+    monkeypatch.setattr(weft.Plan, "_from_table", lambda *_: pytest.fail("the plan was built again"))
+    out.sum().backward()

@@ -11,6 +11,7 @@ from weft_attn.launch.config import (
     BackwardDqConfig,
     CombineConfig,
     ForwardConfig,
+    HopperBackwardConfig,
     LaunchConfig,
     StreamConfig,
 )
@@ -80,3 +81,13 @@ def test_what_is_lacking_is_said_in_words() -> None:
 )
 def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
     assert TARGETS[arch].has_tma is has_tma
+
+
+def test_the_fused_backward_needs_two_stages_and_the_items_of_its_head_dim() -> None:
+    h200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
+    numbers = dict(block_q=64, num_warps=4)
+    for dim, block_k in ((64, 128), (128, 128), (256, 64)):
+        shape = Shape(dim, dim, 16)
+        assert shortfall(HopperBackwardConfig(num_stages=2, block_k=block_k, **numbers), shape, h200) == ""
+        assert "two stages" in shortfall(HopperBackwardConfig(num_stages=1, block_k=block_k, **numbers), shape, h200)
+        assert "items of" in shortfall(HopperBackwardConfig(num_stages=2, block_k=192 - block_k, **numbers), shape, h200)

@@ -19,7 +19,7 @@ from weft_attn.bench.timing import Call, Clock, Notify, Pace, clock_of, interlea
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, override, select, select_first, select_fused
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, override, select, select_backward, select_first
 from weft_attn.testing.compare import Budget
 
 FORWARD, DKDV, DQ = "forward", "backward_dkdv", "backward_dq"
@@ -60,11 +60,13 @@ def describe_choice(pass_name: str, case: Case, tensors: Tensors) -> str:
     """The configs of a pass and where they were chosen, for a record."""
     if ops.runs_reference(tensors.device):
         return "reference"
-    choices = [running_choice(kernel, case, tensors) for kernel in kernels_of(pass_name)]
-    if pass_name != "forward" and not case.deterministic:
-        problem = ops.problem_of(tensors.q, tensors.k, tensors.v, tensors.dout)
-        fused = select_fused(problem, device_of(tensors.device), case.plan.keys_per_query)
-        choices = [fused] if fused else choices
+    choices: tuple[Choice, ...]
+    if pass_name == "forward":
+        choices = (running_choice(FORWARD, case, tensors),)
+    else:
+        problem = ops.backward_problem(tensors.q, tensors.k, tensors.v, tensors.dout)
+        deterministic = ops.is_deterministic(case.deterministic)
+        choices = select_backward(problem, device_of(tensors.device), case.plan.keys_per_query, deterministic=deterministic)
     return "; ".join(f"{describe_config(c.config)} [{c.source}]" for c in choices)
 
 

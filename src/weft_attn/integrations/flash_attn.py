@@ -4,7 +4,7 @@
 
 Shared arguments: q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), or packed (T, H, D); fp16, bf16, fp32, and what else
 `weft_attn.attention` takes. `softmax_scale` None: D ** -0.5. `causal` aligns the last row with the last key; `window_size` is (left,
-right) keys around that diagonal, -1: no bound. `deterministic` is honoured: results always are.
+right) keys around that diagonal, -1: no bound. `deterministic` is honoured.
 
 `return_attn_probs` returns (out, softmax_lse, None): the third, flash-attn's dropout mask, does not exist here. A row that sees no
 key has out 0 and lse -inf (flash-attn: +inf). Not supported, and refused: dropout, ALiBi, rotary embeddings, a number of splits.

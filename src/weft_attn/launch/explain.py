@@ -12,7 +12,16 @@ import torch
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import accumulator_registers, shared_memory
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FUSED_KERNEL, Choice, Problem, select, select_first, select_fused
+from weft_attn.launch.select import (
+    DKDV_KERNELS,
+    DQ_KERNELS,
+    FUSED_KERNEL,
+    Choice,
+    Problem,
+    select,
+    select_backward,
+    select_first,
+)
 from weft_attn.launch.splits import ForwardCut, cut_forward
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import host_stream
@@ -134,9 +143,9 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
     """
     cut = cut_forward(plan, heads, kv_heads, problem, device)
     stream = host_stream(plan, cut.tiling)
-    fused = select_fused(problem, device, plan.keys_per_query)
     choices = [cut.choice, *(select_first(kernels, problem, device) for kernels in OTHER_KERNELS)]
-    if fused:
+    fused, *others = select_backward(problem, device, plan.keys_per_query, deterministic=False)
+    if not others:
         choices += [fused, select("finish_dq", problem, device)]
     kernels = tuple(
         KernelChoice(
@@ -147,7 +156,7 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
         )
         for choice in choices
     )
-    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, fused is not None)
+    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, is_fused=not others)
 
 
 def numbers(config: LaunchConfig, *, brief: bool = False) -> str:

@@ -146,6 +146,8 @@ def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
         return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
+    if isinstance(config, HopperBackwardConfig) and config.num_stages < 2:
+        return "expected two stages or more, because a step asks for the next one's queries before it releases its own, given 1"
     needed = shared_memory(config, shape, device.arch)
     if needed > device.shared_memory:
         return f"expected at most {device.shared_memory} bytes of shared memory, needs {needed}"

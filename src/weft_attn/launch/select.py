@@ -211,6 +211,22 @@ def select_fused(problem: Problem, device: Device, keys_per_query: float) -> Cho
     return _search_tables(FUSED_KERNEL, problem, device)[0]
 
 
+def select_backward(problem: Problem, device: Device, keys_per_query: float, *, deterministic: bool) -> tuple[Choice, ...]:
+    """The kernels that compute all gradients: one for all of them, or one for dK and dV and one for dQ.
+
+    Args:
+        keys_per_query: as for `select_fused`.
+        deterministic: bits must not change from run to run.
+
+    Raises:
+        InvalidConfig, Unsupported: as `select_first`.
+    """
+    fused = None if deterministic else select_fused(problem, device, keys_per_query)
+    if fused:
+        return (fused,)
+    return select_first(DKDV_KERNELS, problem, device), select_first(DQ_KERNELS, problem, device)
+
+
 def tma_usable(problem: Problem, device: Device) -> bool:
     """Tensor descriptors need the hardware, aligned tensors, and heads that fill their tile's columns."""
     powers = all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v))

@@ -3,6 +3,8 @@
 from weft_attn.ops.execute import (
     attention_backward_into,
     attention_into,
+    backward_problem,
+    is_deterministic,
     kernels_interpreted,
     prepare_forward,
     problem_of,
@@ -14,6 +16,8 @@ __all__ = [
     "attention_backward_into",
     "attention_forward",
     "attention_into",
+    "backward_problem",
+    "is_deterministic",
     "kernels_interpreted",
     "prepare_forward",
     "problem_of",

@@ -7,6 +7,7 @@ What a pass decides is kept with the plan as a recipe (recipes.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ from weft_attn.launch.select import (
     Choice,
     Problem,
     select,
+    select_backward,
     select_first,
-    select_fused,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
 from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
@@ -55,9 +56,12 @@ def runs_reference(device: torch.device) -> bool:
 
 
 def _describable(*tensors: torch.Tensor) -> bool:
-    """Whether the copy engine can address these tensors: some rows, base and strides in whole 16 bytes."""
+    """Whether the copy engine can address these tensors: some rows, base and strides in whole 16 bytes, heads within int32 elements."""
     return all(
-        x.shape[0] > 0 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1])
+        x.shape[0] > 0
+        and x.data_ptr() % 16 == 0
+        and all(s * x.element_size() % 16 == 0 and s > 0 for s in x.stride()[:-1])
+        and x.shape[1] * x.stride(1) < 2**31
         for x in tensors
     )
 
@@ -65,6 +69,20 @@ def _describable(*tensors: torch.Tensor) -> bool:
 def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Problem:
     """What selection needs to know of a call's tensors; `others` lie in memory beside them."""
     return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v, *others))
+
+
+def backward_problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
+    """As `problem_of`, for all kernels of a backward, so that they are chosen alike. The copy engine counts elements in int32."""
+    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
+
+    statistics = math.prod(stats_shape(q.shape[1], q.shape[0], SHIFTED_COPIES))
+    describable = _describable(q, k, v, dout) and statistics < 2**31
+    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
+
+
+def is_deterministic(asked: bool) -> bool:
+    """Whether a backward's bits must not change from run to run: asked of the call, or of PyTorch as a whole."""
+    return asked or torch.are_deterministic_algorithms_enabled()
 
 
 def _contiguous_rows(x: torch.Tensor) -> torch.Tensor:
@@ -278,7 +296,7 @@ def attention_backward_into(
             if wanted is not None:
                 wanted.copy_(gradient)
         return dsinks
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    deterministic = is_deterministic(deterministic)
     tensors: Tensors = dict(
         q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), out=_contiguous_rows(out), lse=lse,
         dout=_contiguous_rows(dout), dlse=None if dlse is None else _contiguous_rows(dlse), dq=dq, dk=dk, dv=dv,
@@ -301,9 +319,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
     q, k, v, dout, dq = tensors["q"], tensors["k"], tensors["v"], tensors["dout"], tensors["dq"]
     heads, total_q = q.shape[1], q.shape[0]
     device = device_of(q.device)
-    # One problem for all kernels, so that they are chosen alike. The copy engine counts elements in int32.
-    describable = _describable(q, k, v, dout) and SHIFTED_COPIES * heads * total_q < 2**31
-    problem = Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
+    problem = backward_problem(q, k, v, dout)
     delta_config = select("delta", problem, device).config
 
     def delta(t: Any) -> KernelCall:
@@ -319,21 +335,18 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
         )
 
     wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
-    fused = None
-    if wants_dkdv and wants_dq and not deterministic:
-        fused = select_fused(problem, device, plan.keys_per_query)
-    chosen = [fused] if fused else []
-    if wants_dkdv and not fused:
-        chosen.append(select_first(DKDV_KERNELS, problem, device))
-    if wants_dq and not fused:
-        chosen.append(select_first(DQ_KERNELS, problem, device))
+    if wants_dkdv and wants_dq:
+        chosen = select_backward(problem, device, plan.keys_per_query, deterministic=deterministic)
+    else:
+        wanted = [kernels for kernels, wants in ((DKDV_KERNELS, wants_dkdv), (DQ_KERNELS, wants_dq)) if wants]
+        chosen = tuple(select_first(kernels, problem, device) for kernels in wanted)
     prepared = [prepare_backward(choice, plan, q, k, v) for choice in chosen]
     steps = [Step(delta)] if total_q else []
     steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     by_copy_engine = any(p.config.kernel not in DQ_KERNELS and _reads_statistics_in_boxes(p.config) for p in prepared)
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
     scratch: dict[str, tuple[int, ...]] = dict(delta=stats, lse_log2=stats)
-    if fused:
+    if any(each.config.kernel == FUSED_KERNEL for each in prepared):
         from weft_attn.kernels.triton.finish_dq import finish_dq_call
 
         finish_config = select("finish_dq", problem, device).config

@@ -17,7 +17,7 @@ import torch
 
 from weft_attn.errors import Unsupported
 from weft_attn.ops.execute import attention_backward_into, attention_into
-from weft_attn.ops.plain import is_plain, wants_gradient
+from weft_attn.ops.plain import is_plain, refuse_tangents, wants_gradient
 from weft_attn.plan.slices import Plan, live_plans
 
 _library = torch.library.Library("weft", "DEF")
@@ -158,6 +158,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     q, k, v, sinks, slices, out, lse = ctx.saved_tensors
+    if ctx.plan is not None:
+        # The plan's own table, which leads back to it: hooks on saved tensors may have made a copy of it.
+        slices = ctx.plan.table
     needs_dq = ctx.needs_input_grad[0]
     needs_dkv = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     arguments = (dout, dlse, q, k, v, sinks, out, lse, slices, *ctx.scalars, needs_dq, needs_dkv, None)
@@ -205,6 +208,7 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, *mask_and_scalars: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator `weft::attention_forward`, on the shortest way."""
+    refuse_tangents(q, k, v, sinks)
     if not is_plain(q, k, v, sinks):
         found: tuple[torch.Tensor, torch.Tensor] = torch.ops.weft.attention_forward(q, k, v, sinks, *mask_and_scalars)
         return found

@@ -1,7 +1,7 @@
 """The rule that says when PyTorch's dispatcher may be left out of a call: when all it would do is to ask whether a gradient is wanted.
 
 Half of the host's time of a short call would be the dispatcher's way through Python. Whoever watches or transforms operators
-(torch.compile, export, fake tensors, torch.func, modes, tensor subclasses, forward-mode derivatives, profilers) still gets one.
+(torch.compile, export, fake tensors, torch.func, modes, tensor subclasses, profilers that autograd knows of) still gets one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
+
+from weft_attn.errors import Unsupported
 
 _keys_of = torch._C._dispatch_keys
 _keys_of_thread = torch._C._dispatch_tls_local_include_set
@@ -32,6 +34,12 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
         if x is not None:
             keys |= _keys_of(x).raw_repr()
     return not keys & _SPECIAL
+
+
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise `Unsupported` for tensors with a forward-mode tangent, which PyTorch would drop without a word."""
+    if forward_ad._current_level >= 0 and any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise Unsupported("attention has reverse-mode derivatives: expected tensors without tangents, given forward-mode ones")
 
 
 def wants_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Tensors = dict[str, torch.Tensor | None]
 
+# Tables that captured graphs read, which live as long as the process: nobody tells when a graph is gone.
+_of_graphs: dict[int, Sequence[DeviceStream]] = {}
 # Recipes that a plan keeps: one for each layout of tensors and pair of scalars that a program uses it with.
 MAX_RECIPES = 64
 
@@ -101,6 +103,8 @@ class Recipe:
             stream = current_stream(device)
             for table in self.streams:
                 table.join(stream)
+            if torch.cuda.is_current_stream_capturing():
+                _of_graphs[id(self.streams)] = self.streams
         for name, shape in self.scratch.items():
             tensors[name] = scratch = torch.empty(shape, dtype=torch.float32, device=device)
             addresses[name] = scratch.data_ptr()

@@ -228,10 +228,12 @@ class Plan:
         self.total_q = int(total_q)
         self.total_k = int(total_k)
         rows = canonical(table)
-        self.table: torch.Tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
+        # A plan that is made in inference mode may be trained with afterwards.
+        with torch.inference_mode(False):
+            self.table: torch.Tensor = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.int32))
         # Filled by plan/stream.py: work tiles by (kernel tile sizes, device).
         self._streams: dict[Any, Any] = {}
-        # Filled by ops/execute.py: what a pass over this plan launches, by how its tensors lie in memory.
+        # Filled by ops/recipes.py: what a pass over this plan launches, by how its tensors lie in memory.
         self._recipes: dict[Any, Any] = {}
         live_plans[self.table.data_ptr()] = self
 

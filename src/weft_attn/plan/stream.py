@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from weft_attn.errors import Unsupported
 from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
 
 IntArray = NDArray[np.int64]
@@ -103,10 +104,19 @@ class DeviceStream:
 
 
 def device_stream(plan: Plan, tiling: Tiling, device: torch.device) -> DeviceStream:
-    """The plan's tables for a kernel on a device: built and copied once, then kept with the plan."""
+    """The plan's tables for a kernel on a device: built and copied once, then kept with the plan.
+
+    Raises:
+        Unsupported: (a ValueError) they would be built while a CUDA graph is captured, and copied anew from freed memory at each replay.
+    """
     key = (tiling, device)
     found = plan._streams.get(key)
     if found is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise Unsupported(
+                "a plan's tables are on the device before a CUDA graph is captured: expected a call like the captured one before, given "
+                "the first one"
+            )
         found = plan._streams[key] = _to_device(host_stream(plan, tiling), device)
     return found
 

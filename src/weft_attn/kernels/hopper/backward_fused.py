@@ -167,7 +167,10 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
-        rows = first_row + gl.arange(0, ROWS, row_layout)
+        offsets = gl.arange(0, ROWS, row_layout)
+        # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
+        # infinite one times a zeroed key is NaN.
+        rows = gl.where(offsets < n_rows, first_row + offsets, -1)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         kv_step = turn * CONSUMERS + CONSUMER

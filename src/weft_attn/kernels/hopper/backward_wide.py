@@ -216,7 +216,10 @@ def weigh_and_differentiate(p, memory, exchange):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, 0)
-        rows = first_row + gl.arange(0, ROWS, row_layout)
+        offsets = gl.arange(0, ROWS, row_layout)
+        # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
+        # infinite one times a zeroed key is NaN.
+        rows = gl.where(offsets < n_rows, first_row + offsets, -1)
         memory.k.wait(turn)
         memory.v.wait(turn)
         if n_rows < ROWS:
