@@ -30,8 +30,9 @@ class ForwardCut:
 def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Device) -> ForwardCut:
     """Decide how the forward of a plan runs on a device.
 
-    Full tiles of one head each, on Hopper by its own kernel where a table names one, unless their number falls below 0.8 of the multiprocessors. Then the query heads of a KV head
-    share a tile (K and V are read once for all of them) and each tile's keys are split over the machine.
+    Full tiles of one head each, on Hopper by its own kernel where a table names one, unless their number falls below 0.8 of the
+    multiprocessors. Then the query heads of a KV head share a tile (K and V are read once for all of them) and each tile's keys are
+    split over the machine.
     """
     enough = OCCUPIED * device.multiprocessors
     choice = select_first(FORWARD_KERNELS, problem, device)

@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
-    hear_item,
     multiply_queries,
     seen_by,
     weigh,
@@ -66,7 +65,8 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
+        first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
-from weft_attn.kernels.hopper.schedule import Schedule, make_schedule
+from weft_attn.kernels.hopper.schedule import Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -112,12 +112,7 @@ def _produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, head = schedule.item_and_head(number)
-        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
-        row = gl.load(item_ptr + layout.ITEM_ROW)
-        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
-        interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
-        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
             number = schedule.take()
@@ -179,19 +174,8 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         head = schedule.head(turn)
-        first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
-        n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
-        run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
-        edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
-        interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
-        col = schedule.run_field(turn, layout.RUN_COL)
-        left = schedule.run_field(turn, layout.RUN_N_TILES)
-        row_start = schedule.run_field(turn, layout.RUN_ROW_START)
-        row_len = schedule.run_field(turn, layout.RUN_ROW_LEN)
-        col_start = schedule.run_field(turn, layout.RUN_COL_START)
-        col_len = schedule.run_field(turn, layout.RUN_COL_LEN)
-        lo = schedule.run_field(turn, layout.RUN_LO)
-        hi = schedule.run_field(turn, layout.RUN_HI)
+        first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
         schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows

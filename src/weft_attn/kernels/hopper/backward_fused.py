@@ -22,7 +22,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
-    hear_item,
     multiply_queries,
     seen_by,
     weigh,
@@ -166,7 +165,8 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, CONSUMER)
+        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from weft_attn.kernels.hopper.by_keys import differentiate, hear_item, multiply_queries, seen_by, weigh, write_dk, write_dv
+from weft_attn.kernels.hopper.by_keys import differentiate, multiply_queries, seen_by, weigh, write_dk, write_dv
 from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
@@ -97,7 +97,8 @@ def sum_products(p, memory, exchange, IS_DV: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, _, edge_tiles, _, interior_tiles, _, _ = hear_item(schedule, turn, 0)
+        first_row, n_rows, _, edge_tiles, _, interior_tiles, _, _ = schedule.item(turn, 0)
+        schedule.heard(turn)
         # In halves: under ptxas 12.8 a kernel of four warp groups takes no wider product.
         acc_left = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
         acc_right = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
@@ -215,7 +216,8 @@ def weigh_and_differentiate(p, memory, exchange):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = hear_item(schedule, turn, 0)
+        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, 0)
+        schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.

@@ -11,9 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
-from weft_attn.kernels.hopper.schedule import Schedule
+from weft_attn.kernels.hopper.schedule import Schedule, load_item
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, is_visible, product_layout, write_rows
-from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import first_tile, next_tile
 
@@ -139,12 +138,7 @@ def produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, kv_head = schedule.item_and_head(number)
-        item_ptr = p.items_ptr + item * layout.ITEM_WIDTH
-        row = gl.load(item_ptr + layout.ITEM_ROW)
-        edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-        edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
-        interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
-        interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+        row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
             number = schedule.take()
@@ -192,21 +186,6 @@ def make_memory(
 
 
 # ---- what the consumers share -------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def hear_item(schedule, turn, CONSUMER: gl.constexpr):
-    """A consumer's rows of the turn's item, its streams, and where the first of them begins."""
-    first_row = schedule.item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
-    n_rows = schedule.item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
-    edge_run = schedule.item_field(turn, layout.ITEM_EDGE_RUN)
-    edge_tiles = schedule.item_field(turn, layout.ITEM_EDGE_TILES)
-    interior_run = schedule.item_field(turn, layout.ITEM_INTERIOR_RUN)
-    interior_tiles = schedule.item_field(turn, layout.ITEM_INTERIOR_TILES)
-    col = schedule.run_field(turn, layout.RUN_COL)
-    left = schedule.run_field(turn, layout.RUN_N_TILES)
-    schedule.heard(turn)
-    return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles, col, left
 
 
 @gluon.jit

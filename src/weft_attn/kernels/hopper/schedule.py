@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from weft_attn.kernels.hopper.compat import aggregate
+from weft_attn.kernels.hopper.tiles import ROWS
 from weft_attn.kernels.triton import layout
 
 # Turns on their way to the consumers.
@@ -99,7 +100,7 @@ class Schedule:
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `item_field` and `run_field` read it, then `heard`."""
+        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `item` and `first_slice` read it, then `heard`."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit
@@ -111,13 +112,42 @@ class Schedule:
         return self._read(turn, 3 * layout.ITEM_WIDTH)
 
     @gluon.jit
-    def item_field(self, turn, FIELD: gl.constexpr):
+    def _item_field(self, turn, FIELD: gl.constexpr):
         return self._read(turn, layout.ITEM_WIDTH + FIELD)
 
     @gluon.jit
-    def run_field(self, turn, FIELD: gl.constexpr):
+    def _run_field(self, turn, FIELD: gl.constexpr):
         """A field of the item's first edge run."""
         return self._read(turn, 2 * layout.ITEM_WIDTH + FIELD)
+
+    @gluon.jit
+    def item(self, turn, CONSUMER: gl.constexpr):
+        """A consumer's rows of the item, its streams, and where its first edge run begins."""
+        first_row = self._item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = self._item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        edge_run = self._item_field(turn, layout.ITEM_EDGE_RUN)
+        edge_tiles = self._item_field(turn, layout.ITEM_EDGE_TILES)
+        interior_run = self._item_field(turn, layout.ITEM_INTERIOR_RUN)
+        interior_tiles = self._item_field(turn, layout.ITEM_INTERIOR_TILES)
+        col = self._run_field(turn, layout.RUN_COL)
+        left = self._run_field(turn, layout.RUN_N_TILES)
+        return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles, col, left
+
+    @gluon.jit
+    def first_slice(self, turn):
+        """The slice of the item's first edge run, as `interval_in_slice` takes it."""
+        row_start = self._run_field(turn, layout.RUN_ROW_START)
+        row_len = self._run_field(turn, layout.RUN_ROW_LEN)
+        col_start = self._run_field(turn, layout.RUN_COL_START)
+        col_len = self._run_field(turn, layout.RUN_COL_LEN)
+        return (
+            row_start,
+            row_len,
+            col_start,
+            col_len,
+            self._run_field(turn, layout.RUN_LO),
+            self._run_field(turn, layout.RUN_HI),
+        )
 
     @gluon.jit
     def _read(self, turn, AT: gl.constexpr):
@@ -138,7 +168,20 @@ class Schedule:
 
 
 @gluon.jit
+def load_item(items_ptr, item):
+    """Producer: an item's first row and its streams."""
+    item_ptr = items_ptr + item * layout.ITEM_WIDTH
+    row = gl.load(item_ptr + layout.ITEM_ROW)
+    edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
+    edge_tiles = gl.load(item_ptr + layout.ITEM_EDGE_TILES)
+    interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+    interior_tiles = gl.load(item_ptr + layout.ITEM_INTERIOR_TILES)
+    return row, edge_run, edge_tiles, interior_run, interior_tiles
+
+
+@gluon.jit
 def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr):
+    """A schedule that `CONSUMERS` partitions hear. The last wave has `last_heads` heads or more; 0: those that are left."""
     records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
