@@ -32,6 +32,7 @@ from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.finish_dq import exchange_pairs
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
 
@@ -96,7 +97,7 @@ def _add_dq(p, exchange, dq, head, col, n_valid, IS_MASKED: gl.constexpr, CONSUM
     smem = exchange.dq.index(CONSUMER)
     # The last step's must have left before this one comes.
     tma.store_wait(pendings=0)
-    smem.store(dq)
+    smem.store(exchange_pairs(dq))
     fence_async_shared()
     row = head * p.stride_stats_h + col
     if p.BLOCK_Q > ROWS:

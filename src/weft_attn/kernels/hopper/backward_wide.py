@@ -24,6 +24,7 @@ from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.finish_dq import exchange_pairs
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
 WIDE_CONSUMERS = gl.constexpr(3)
@@ -145,7 +146,7 @@ def _multiply_dq(p, memory, exchange, zero, HALF: gl.constexpr):
 @gluon.jit
 def _add_box(exchange, dq, row, BOX: gl.constexpr):
     smem = exchange.dq.index(BOX % DQ_SLOTS)
-    smem.store(gl.convert_layout(dq, product_layout(DQ_COLUMNS)))
+    smem.store(exchange_pairs(gl.convert_layout(dq, product_layout(DQ_COLUMNS))))
     fence_async_shared()
     add_box(exchange.dq_sum_desc, [row, BOX * DQ_COLUMNS], smem)
 
