@@ -63,6 +63,14 @@ def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
     return max(1, min(heads, wave_bytes // max(1, bytes_per_head)))
 
 
+def heads_of_two_rounds(n_items: int, multiprocessors: int, heads: int) -> int:
+    """Heads of a wave whose items are two rounds of a persistent grid (kernels/hopper/schedule.py), as near as whole heads come.
+
+    After an even number of rounds programs are in step again. Fewer heads would be a single round, or two that overlap.
+    """
+    return max(1, min(heads, round(2 * multiprocessors / max(1, n_items))))
+
+
 def last_heads(stream: DeviceStream, multiprocessors: int, heads: int) -> int:
     """Heads of a wave that takes as long as its longest item: a last wave of fewer would wait for that one."""
     return min(heads, -(-multiprocessors * stream.longest // max(1, stream.tiles)))

@@ -27,7 +27,7 @@ from weft_attn.launch.select import (
     select_backward,
     select_first,
 )
-from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
+from weft_attn.launch.splits import ForwardCut, cut_forward, heads_of_two_rounds, heads_per_wave, last_heads
 from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -256,9 +256,11 @@ def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tenso
         return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group)
     is_fused = config.kernel == FUSED_KERNEL
     stream = device_stream(plan, Tiling(*config.cut, transposed=True, masks_ragged=is_fused), q.device)
-    bytes_per_row = (q.shape[2] + v.shape[2]) * q.element_size() + (4 * q.shape[2] if is_fused else 0)
-    wave = heads_per_wave(q.shape[0] * bytes_per_row * group, config.wave_bytes, k.shape[1])
-    return PreparedBackward(config, stream, wave, last_heads(stream, device_of(q.device).multiprocessors, k.shape[1]))
+    if isinstance(config, HopperConfig):
+        multiprocessors = device_of(q.device).multiprocessors
+        wave = heads_of_two_rounds(stream.n_items, multiprocessors, k.shape[1])
+        return PreparedBackward(config, stream, wave, last_heads(stream, multiprocessors, k.shape[1]))
+    return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]))
 
 
 def attention_backward_into(

@@ -111,7 +111,7 @@ def _produce(p, memory):
     number = gl.program_id(0)
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
-        item, head = schedule.item_and_head(number)
+        item, head, _ = schedule.locate(number)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:

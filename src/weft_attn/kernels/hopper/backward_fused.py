@@ -22,7 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
+    first_tile_of_walk,
     multiply_queries,
+    next_tile_of_walk,
     seen_by,
     weigh,
     write_dk,
@@ -33,7 +35,7 @@ from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
 
 
 @aggregate
@@ -166,6 +168,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
+        direction = schedule.told_direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
         schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
@@ -201,17 +204,17 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
                 )  # fmt: skip
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        for member in range(p.GROUP):
-            run = interior_run
-            col, left = first_tile(p.runs_ptr, run)
-            for _ in range(interior_tiles):
+        run = interior_run
+        col, left = first_tile_of_walk(p, run, direction)
+        for _ in range(interior_tiles):
+            for member in range(p.GROUP):
                 zero = zero * 3
                 scores, dk_acc, dv_acc = _accumulate_tile(
                     p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, p.BLOCK_Q,
                     first_head + member, False, CONSUMER,
                 )  # fmt: skip
                 step += 1
-                run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+            run, col, left = next_tile_of_walk(p, run, col, left, direction)
 
         memory.k.release(kv_step)
         memory.k.release(other_step)

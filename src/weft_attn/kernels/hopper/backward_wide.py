@@ -19,13 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from weft_attn.kernels.hopper.by_keys import differentiate, multiply_queries, seen_by, weigh, write_dk, write_dv
+from weft_attn.kernels.hopper.by_keys import (
+    differentiate,
+    first_tile_of_walk,
+    multiply_queries,
+    next_tile_of_walk,
+    seen_by,
+    weigh,
+    write_dk,
+    write_dv,
+)
 from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
@@ -217,6 +226,7 @@ def weigh_and_differentiate(p, memory, exchange):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
+        direction = schedule.told_direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, 0)
         schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
@@ -258,16 +268,16 @@ def weigh_and_differentiate(p, memory, exchange):
                 )
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        for member in range(p.GROUP):
-            run = interior_run
-            col, left = first_tile(p.runs_ptr, run)
-            for _ in range(interior_tiles):
+        run = interior_run
+        col, left = first_tile_of_walk(p, run, direction)
+        for _ in range(interior_tiles):
+            for member in range(p.GROUP):
                 zero = zero * 3
                 scores = _weigh_tile(
                     p, memory, exchange, step, last_step, zero, scores, rows, rows, col, p.BLOCK_Q, first_head + member, False
                 )
                 step += 1
-                run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+            run, col, left = next_tile_of_walk(p, run, col, left, direction)
 
         memory.k.release(turn)
         memory.v.release(turn)

@@ -31,7 +31,8 @@ class Schedule:
 
     Attributes:
         counter_ptr: COUNTER_SIZE int32, zero between launches.
-        records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the head.
+        records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the
+            head and the direction.
         full, empty: (SLOTS, 1) barriers.
     """
 
@@ -55,17 +56,33 @@ class Schedule:
         return number < self.n_items * self.n_heads
 
     @gluon.jit
-    def item_and_head(self, number):
-        """What a number stands for: waves of heads that fit the L2 cache, longest items first, an item's heads together.
+    def locate(self, number):
+        """What a number stands for, item, head and round: waves of heads, longest items first, an item's heads together.
 
-        The last wave has `last_heads` or more, so that it lasts as long as its longest item.
+        The last wave has `last_heads` or more, so that it lasts as long as its longest item. A wave's numbers are cut into rounds of
+        about as many as there are programs (`direction` says what for).
         """
         full_waves = (self.n_heads - self.last_heads) // self.heads_per_wave
-        wave = gl.minimum(number // (self.n_items * self.heads_per_wave), full_waves)
+        full = self.n_items * self.heads_per_wave
+        wave = gl.minimum(number // full, full_waves)
         first_head = wave * self.heads_per_wave
         heads = gl.where(wave < full_waves, self.heads_per_wave, self.n_heads - first_head)
-        within = number - wave * self.n_items * self.heads_per_wave
-        return within // heads, first_head + within % heads
+        within = number - wave * full
+        numbers = self.n_items * heads
+        round_length = (numbers + _rounds(numbers) - 1) // _rounds(numbers)
+        return within // heads, first_head + within % heads, wave * _rounds(full) + within // round_length
+
+    @gluon.jit
+    def direction(self, number):
+        """Producer: which way a number's program walks tiles that others walk too: -1 from the last, 1 from the first.
+
+        Programs that begin a round together, longest items first, end it one by one. They begin the next one so, its longest items
+        first, and end it together. So those of an even round meet at the same tiles from the last one down, for all causal items
+        share it; and those of an odd round from the first one up, for each begins at its diagonal when the others come by. What
+        programs share they then read from memory once, however much longer than the L2 cache the sequence is.
+        """
+        _, _, round_number = self.locate(number)
+        return gl.where(round_number % 2 == 0, -1, 1)
 
     @gluon.jit
     def is_short(self, n_tiles):
@@ -88,14 +105,16 @@ class Schedule:
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
         record = self.records.index(slot)
         fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
+        # Whatever else a turn without an item says is not read.
         record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
         if self.exists(number):
-            item, head = self.item_and_head(number)
+            item, head, _ = self.locate(number)
             item_ptr = items_ptr + item * layout.ITEM_WIDTH
             run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
             record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
             record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
-            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + head)
+            where = gl.where(fields == 0, head, self.direction(number))
+            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(where)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
@@ -110,6 +129,10 @@ class Schedule:
     @gluon.jit
     def head(self, turn):
         return self._read(turn, 3 * layout.ITEM_WIDTH)
+
+    @gluon.jit
+    def told_direction(self, turn):
+        return self._read(turn, 3 * layout.ITEM_WIDTH + 1)
 
     @gluon.jit
     def _item_field(self, turn, FIELD: gl.constexpr):
@@ -165,6 +188,13 @@ class Schedule:
         if done == gl.num_programs(0) - 1:
             gl.store(self.counter_ptr, 0)
             gl.store(self.counter_ptr + 1, 0)
+
+
+@gluon.jit
+def _rounds(numbers):
+    """Rounds that so many numbers are: a whole number of them, so that a round's end is a wave's."""
+    programs = gl.num_programs(0)
+    return gl.maximum((numbers + programs // 2) // programs, 1)
 
 
 @gluon.jit
