@@ -26,6 +26,7 @@ CASES = [
     Case(plan="zigzag_padded", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, sinks=True, softcap=2.0),
     Case(plan="causal_more_rows", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
     Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=256, dtype=torch.bfloat16),
+    Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16),
     Case(plan="concat", size=61, heads=4, kv_heads=2, head_dim=80, dtype=torch.float16),
     Case(plan="odd", heads=2, kv_heads=1, head_dim=64, dtype=torch.float32),
     Case(plan="window_both", size=61, heads=2, kv_heads=1, head_dim=192, head_dim_v=128, dtype=torch.bfloat16),

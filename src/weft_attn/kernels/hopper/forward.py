@@ -76,6 +76,8 @@ class Problem:
     HAS_SINKS: gl.constexpr
     scores_layout: gl.constexpr
     acc_layout: gl.constexpr
+    SUMS: gl.constexpr
+    sums_layout: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -102,6 +104,10 @@ class Problem:
         self.HAS_SINKS = gl.constexpr(HAS_SINKS)
         self.scores_layout = gl.constexpr(product_layout(BLOCK_K))
         self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
+        # Columns that a row's sum is kept in. Of 8 a thread has two and adds its own weights to them; where the accumulator fills the
+        # registers there is no room for that.
+        self.SUMS = gl.constexpr(8 if HEAD_DIM <= 128 else 1)
+        self.sums_layout = gl.constexpr(product_layout(8) if HEAD_DIM <= 128 else product_layout(BLOCK_K))
 
 
 @aggregate
@@ -156,7 +162,7 @@ def _produce(p, memory):
 
 @gluon.jit
 def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.constexpr):
-    """Weights of a tile of raw products, the running maximum and sum with it, and what rescales what came before."""
+    """Weights of a tile of raw products, the running maximum and sums (`_sums`) with it, and what rescales what came before."""
     if p.HAS_SOFTCAP:
         scores = cap_scores(scores, p.inner_scale)
     if IS_MASKED:
@@ -169,8 +175,17 @@ def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.conste
         shift = gl.where(new_max == float("-inf"), 0.0, new_max)
     weights = gl.exp2(scores * p.outer_scale - shift[:, None])
     rescale = gl.exp2(row_max - shift)
-    row_sum = row_sum * rescale + gl.sum(weights, 1)
+    row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None] + _sums(p, weights)
     return weights, new_max, row_sum, rescale
+
+
+@gluon.jit
+def _sums(p, weights):
+    """(rows, SUMS) sums of a tile's columns; those of 8 columns ask no other thread for anything before the item's end."""
+    if p.SUMS == 1:
+        return gl.sum(weights, 1)[:, None]
+    sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // p.SUMS, p.SUMS]), 1)
+    return gl.convert_layout(sums, p.sums_layout)
 
 
 @gluon.jit
@@ -225,7 +240,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        row_sum = gl.zeros([ROWS], gl.float32, row_layout)
+        row_sum = gl.zeros([ROWS, p.SUMS], gl.float32, p.sums_layout)
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
         q_step = turn * CONSUMERS + CONSUMER
         q_tile = memory.q.wait(q_step)
@@ -266,6 +281,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             memory.v.release(step - 1)
         elif p.Q_IN_REGISTERS:
             memory.q.release(q_step)
+        row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_layout)
         _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER)
         if not p.Q_IN_REGISTERS:
             # The result left through q's memory, which a ragged tile is read back from.
