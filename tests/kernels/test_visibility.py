@@ -10,7 +10,14 @@ import triton.language as tl
 
 from weft_attn.kernels.hopper.tiles import visible_bits
 from weft_attn.kernels.triton import layout
-from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile, visible_interval
+from weft_attn.kernels.triton.visibility import (
+    first_tile,
+    first_tile_of_walk,
+    interval_in_run,
+    next_tile,
+    next_tile_of_walk,
+    visible_interval,
+)
 from weft_attn.plan import slices, stream
 from weft_attn.testing.cases import PLANS
 
@@ -47,6 +54,15 @@ def _walk_kernel(out_ptr, runs_ptr, run, n_tiles, BLOCK: tl.constexpr):  # type:
         tl.store(out_ptr + 2 * step, run)
         tl.store(out_ptr + 2 * step + 1, col)
         run, col, left = next_tile(runs_ptr, run, col, left, BLOCK)
+
+
+@triton.jit
+def _directed_walk_kernel(out_ptr, runs_ptr, run, n_tiles, direction, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
+    for step in range(n_tiles):
+        tl.store(out_ptr + 2 * step, run)
+        tl.store(out_ptr + 2 * step + 1, col)
+        run, col, left = next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK)
 
 
 def cells(first: np.ndarray, stop: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -110,6 +126,26 @@ def test_a_kernel_walks_the_tiles_that_the_host_tables_say(name: str, transposed
             walked = torch.zeros(n_tiles, 2, dtype=torch.int32)
             _walk_kernel[(1,)](walked, runs, run, n_tiles, BLOCK=8)
             assert walked.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["packed", "zigzag_padded", "shared_prefix", "window_both"])
+def test_a_walk_back_takes_each_run_from_its_last_tile(name: str) -> None:
+    tables = stream.host_stream(PLANS[name](40), stream.Tiling(16, 8, transposed=True))
+    runs = torch.from_numpy(tables.runs)
+    walks = 0
+    for item in tables.items.tolist():
+        run, n_tiles = item[2], item[3]
+        forth, back = torch.zeros(2, n_tiles, 2, dtype=torch.int32)
+        _directed_walk_kernel[(1,)](forth, runs, run, n_tiles, 1, BLOCK=8)
+        _directed_walk_kernel[(1,)](back, runs, run, n_tiles, -1, BLOCK=8)
+        plain = torch.zeros_like(forth)
+        _walk_kernel[(1,)](plain, runs, run, n_tiles, BLOCK=8)
+        assert torch.equal(forth, plain)
+        assert torch.equal(back[:, 0], plain[:, 0])
+        for each in plain[:, 0].unique():
+            assert torch.equal(back[back[:, 0] == each, 1], plain[plain[:, 0] == each, 1].flip(0))
+        walks += n_tiles > 1
+    assert walks or name == "window_both"
 
 
 def test_device_constants_are_the_host_tables_columns() -> None:

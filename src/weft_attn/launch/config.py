@@ -3,7 +3,8 @@
 Tiles are powers of two. `cache_modifier` is the cache operator of the streamed tiles' loads ("" the default, ".cg" bypasses L1;
 without meaning for tensor-descriptor loads). `use_tma` reads interior tiles through tensor descriptors (Hopper and later; where
 the tensors' alignment forbids it the same kernel reads through pointers, and the choice says so). `wave_bytes` bounds the bytes
-of the streamed tensors that the heads in flight touch together, so that they stay in the L2 cache.
+of the streamed tensors that the heads in flight touch together, so that they stay in the L2 cache; Hopper's kernels that walk by keys
+have no such bound, because their programs walk in step (ADR 19).
 """
 
 from __future__ import annotations
@@ -127,7 +128,6 @@ class HopperConfig(LaunchConfig):
 
     consumer_registers: int = 240
     max_registers: int = 168
-    wave_bytes: int = 32 * 2**20
 
     # Rows of an item: both consumers'.
     rows_per_item: ClassVar[int] = 128
@@ -149,6 +149,7 @@ class HopperForwardConfig(HopperConfig):
 
     block_k: int
     q_in_registers: bool = True
+    wave_bytes: int = 32 * 2**20
 
     @property
     def cut(self) -> tuple[int, int]:
@@ -192,6 +193,7 @@ class HopperBackwardDqConfig(HopperConfig):
     kernel: ClassVar[str] = "hopper_backward_dq"
 
     block_k: int
+    wave_bytes: int = 32 * 2**20
 
     @property
     def cut(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import HopperConfig, HopperForwardConfig, StreamConfig
+from weft_attn.launch.config import HopperBackwardDqConfig, HopperConfig, HopperForwardConfig, StreamConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import (
     DKDV_KERNELS,
@@ -110,7 +110,13 @@ def prepare_forward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return PreparedForward(cut, device_stream(plan, cut.tiling, q.device), wave)
 
 
-def _wave(config: StreamConfig | HopperConfig, one: torch.Tensor, other: torch.Tensor, heads_each: int, limit: int) -> int:
+def _wave(
+    config: StreamConfig | HopperForwardConfig | HopperBackwardDqConfig,
+    one: torch.Tensor,
+    other: torch.Tensor,
+    heads_each: int,
+    limit: int,
+) -> int:
     """Heads that run together: `one` and `other` are streamed, `heads_each` of their heads for each head of the grid."""
     bytes_per_head = one.shape[0] * (one.shape[2] + other.shape[2]) * one.element_size() * heads_each
     return heads_per_wave(bytes_per_head, config.wave_bytes, limit)
@@ -252,6 +258,7 @@ def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tenso
     assert isinstance(config, StreamConfig | HopperConfig)
     group = q.shape[1] // k.shape[1]
     if config.kernel in DQ_KERNELS:
+        assert isinstance(config, StreamConfig | HopperBackwardDqConfig)
         stream = device_stream(plan, Tiling(*config.cut), q.device)
         return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group)
     is_fused = config.kernel == FUSED_KERNEL

@@ -22,9 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
-    first_tile_of_walk,
     multiply_queries,
-    next_tile_of_walk,
     seen_by,
     weigh,
     write_dk,
@@ -35,7 +33,7 @@ from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
 
 
 @aggregate
@@ -168,7 +166,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        direction = schedule.told_direction(turn)
+        direction = schedule.direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
         schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
@@ -205,7 +203,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
         run = interior_run
-        col, left = first_tile_of_walk(p, run, direction)
+        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
         for _ in range(interior_tiles):
             for member in range(p.GROUP):
                 zero = zero * 3
@@ -214,7 +212,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
                     first_head + member, False, CONSUMER,
                 )  # fmt: skip
                 step += 1
-            run, col, left = next_tile_of_walk(p, run, col, left, direction)
+            run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
 
         memory.k.release(kv_step)
         memory.k.release(other_step)

@@ -21,9 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from weft_attn.kernels.hopper.by_keys import (
     differentiate,
-    first_tile_of_walk,
     multiply_queries,
-    next_tile_of_walk,
     seen_by,
     weigh,
     write_dk,
@@ -34,7 +32,7 @@ from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
@@ -226,7 +224,7 @@ def weigh_and_differentiate(p, memory, exchange):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        direction = schedule.told_direction(turn)
+        direction = schedule.direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, 0)
         schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
@@ -269,7 +267,7 @@ def weigh_and_differentiate(p, memory, exchange):
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
         run = interior_run
-        col, left = first_tile_of_walk(p, run, direction)
+        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
         for _ in range(interior_tiles):
             for member in range(p.GROUP):
                 zero = zero * 3
@@ -277,7 +275,7 @@ def weigh_and_differentiate(p, memory, exchange):
                     p, memory, exchange, step, last_step, zero, scores, rows, rows, col, p.BLOCK_Q, first_head + member, False
                 )
                 step += 1
-            run, col, left = next_tile_of_walk(p, run, col, left, direction)
+            run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
 
         memory.k.release(turn)
         memory.v.release(turn)

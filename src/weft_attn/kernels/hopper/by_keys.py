@@ -1,7 +1,7 @@
 """What the Hopper backward kernels that walk the plan by keys share: their tables and tensors, their shared memory, their producer.
 
 Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (keys of one KV head in tiles of
-64). The query heads of a group are walked inside each tile, edge tiles before interior ones, these in the schedule's direction. q, dout (Tq, Hq, D),
+64). The query heads of a group are walked inside each tile, edge tiles before interior ones, and these in the schedule's direction. q, dout (Tq, Hq, D),
 k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in their own dtype.
 """
 
@@ -14,7 +14,7 @@ from weft_attn.kernels.hopper.compat import aggregate, load_box
 from weft_attn.kernels.hopper.schedule import Schedule, load_item
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, is_visible, product_layout, write_rows
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import first_tile
+from weft_attn.kernels.triton.visibility import first_tile_of_walk, next_tile_of_walk
 
 
 @aggregate
@@ -102,30 +102,11 @@ class Memory:
 
 
 @gluon.jit
-def first_tile_of_walk(p, run, direction):
-    """(column, tiles left) where a walk through a run begins: its first tile, or in direction -1 its last."""
-    col, left = first_tile(p.runs_ptr, run)
-    return gl.where(direction < 0, col + (left - 1) * p.BLOCK_Q, col), left
-
-
-@gluon.jit
-def next_tile_of_walk(p, run, col, left, direction):
-    """As `next_tile`, each run in the given direction."""
-    left -= 1
-    col += direction * p.BLOCK_Q
-    if left == 0:
-        # At the stream's end this is the next one's, or the row that a table has to spare.
-        run += 1
-        col, left = first_tile_of_walk(p, run, direction)
-    return run, col, left
-
-
-@gluon.jit
 def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
     """Ask for the query tiles of one stream, each of all heads of the group; the step after them."""
     DOUT_BYTES: gl.constexpr = p.dout_desc.block_type.nbytes
     N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + 8 * p.BLOCK_Q + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
-    col, left = first_tile_of_walk(p, run, direction)
+    col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
     for _ in range(n_tiles):
         for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
             slot, full = memory.slots.acquire(step, N_BYTES)
@@ -142,7 +123,7 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
                 dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
                 load_box(p.dout_desc, [col, head * p.stride_doh], dout_full, memory.dout.index(dout_slot))
             step += 1
-        run, col, left = next_tile_of_walk(p, run, col, left, direction)
+        run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
     return step
 
 
@@ -157,7 +138,7 @@ def produce(p, memory):
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
     while schedule.exists(number):
         item, kv_head, _ = schedule.locate(number)
-        direction = schedule.direction(number)
+        direction = schedule.direction_of(number)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:

@@ -1,6 +1,6 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
-The list is in the order of `kernels/triton/tiles.py: program_item_and_head`. A program begins with its own number in it and then
+The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it and then
 takes numbers from a counter in global memory; only the producer asks, ahead of the turn, and tells the other warps, with the rows of
 the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
 changes no result.
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.tiles import ROWS
 from weft_attn.kernels.triton import layout
+from weft_attn.kernels.triton.tiles import direction_of_round, place_in_list
 
 # Turns on their way to the consumers.
 SLOTS = gl.constexpr(2)
@@ -57,32 +58,14 @@ class Schedule:
 
     @gluon.jit
     def locate(self, number):
-        """What a number stands for, item, head and round: waves of heads, longest items first, an item's heads together.
-
-        The last wave has `last_heads` or more, so that it lasts as long as its longest item. A wave's numbers are cut into rounds of
-        about as many as there are programs (`direction` says what for).
-        """
-        full_waves = (self.n_heads - self.last_heads) // self.heads_per_wave
-        full = self.n_items * self.heads_per_wave
-        wave = gl.minimum(number // full, full_waves)
-        first_head = wave * self.heads_per_wave
-        heads = gl.where(wave < full_waves, self.heads_per_wave, self.n_heads - first_head)
-        within = number - wave * full
-        numbers = self.n_items * heads
-        round_length = (numbers + _rounds(numbers) - 1) // _rounds(numbers)
-        return within // heads, first_head + within % heads, wave * _rounds(full) + within // round_length
+        """What a number stands for: item, head and round (`place_in_list`)."""
+        return place_in_list(number, self.n_items, self.n_heads, self.heads_per_wave, self.last_heads, gl.num_programs(0))
 
     @gluon.jit
-    def direction(self, number):
-        """Producer: which way a number's program walks tiles that others walk too: -1 from the last, 1 from the first.
-
-        Programs that begin a round together, longest items first, end it one by one. They begin the next one so, its longest items
-        first, and end it together. So those of an even round meet at the same tiles from the last one down, for all causal items
-        share it; and those of an odd round from the first one up, for each begins at its diagonal when the others come by. What
-        programs share they then read from memory once, however much longer than the L2 cache the sequence is.
-        """
+    def direction_of(self, number):
+        """Producer of a backward by keys: which way the number's program walks interior tiles (`direction_of_round`)."""
         _, _, round_number = self.locate(number)
-        return gl.where(round_number % 2 == 0, -1, 1)
+        return direction_of_round(round_number)
 
     @gluon.jit
     def is_short(self, n_tiles):
@@ -105,7 +88,6 @@ class Schedule:
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
         record = self.records.index(slot)
         fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
-        # Whatever else a turn without an item says is not read.
         record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
         if self.exists(number):
             item, head, _ = self.locate(number)
@@ -113,13 +95,13 @@ class Schedule:
             run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
             record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
             record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
-            where = gl.where(fields == 0, head, self.direction(number))
+            where = gl.where(fields == 0, head, self.direction_of(number))
             record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(where)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `item` and `first_slice` read it, then `heard`."""
+        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item` and `first_slice` read it, then `heard`."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit
@@ -131,7 +113,8 @@ class Schedule:
         return self._read(turn, 3 * layout.ITEM_WIDTH)
 
     @gluon.jit
-    def told_direction(self, turn):
+    def direction(self, turn):
+        """Which way a backward by keys walks the item's interior tiles."""
         return self._read(turn, 3 * layout.ITEM_WIDTH + 1)
 
     @gluon.jit
@@ -188,13 +171,6 @@ class Schedule:
         if done == gl.num_programs(0) - 1:
             gl.store(self.counter_ptr, 0)
             gl.store(self.counter_ptr + 1, 0)
-
-
-@gluon.jit
-def _rounds(numbers):
-    """Rounds that so many numbers are: a whole number of them, so that a round's end is a wave's."""
-    programs = gl.num_programs(0)
-    return gl.maximum((numbers + programs // 2) // programs, 1)
 
 
 @gluon.jit

@@ -24,6 +24,42 @@ def program_item_and_head(n_items, n_heads, heads_per_wave):
 
 
 @triton.jit
+def place_in_list(number, n_items, n_heads, heads_per_wave, last_heads, programs):
+    """What a number of a persistent grid's list stands for: item, head and round.
+
+    The list is in the order of `program_item_and_head`, but the last wave has `last_heads` heads or more, so that it lasts as long as its
+    longest item. A wave's numbers are cut into equal rounds, as many as programs go into them, rounded; rounds count over the whole list.
+    """
+    full_waves = (n_heads - last_heads) // heads_per_wave
+    full = n_items * heads_per_wave
+    wave = tl.minimum(number // full, full_waves)
+    first_head = wave * heads_per_wave
+    heads = tl.where(wave < full_waves, heads_per_wave, n_heads - first_head)
+    within = number - wave * full
+    numbers = n_items * heads
+    rounds = _rounds(numbers, programs)
+    round_length = (numbers + rounds - 1) // rounds
+    return within // heads, first_head + within % heads, wave * _rounds(full, programs) + within // round_length
+
+
+@triton.jit
+def _rounds(numbers, programs):
+    return tl.maximum((numbers + programs // 2) // programs, 1)
+
+
+@triton.jit
+def direction_of_round(round_number):
+    """Which way the programs of a round walk tiles that others walk too: -1 from the last, 1 from the first.
+
+    Programs that begin a round together, longest items first, end it one by one. They begin the next one so, its longest items first,
+    and end it together. So those of an even round meet at the same tiles from the last one down, for all causal items share it; and
+    those of an odd round from the first one up, for each begins at its diagonal when the others come by. What programs share they then
+    read from memory once, however much longer than the L2 cache the sequence is.
+    """
+    return tl.where(round_number % 2 == 0, -1, 1)
+
+
+@triton.jit
 def load_rows(
     ptr,
     offsets,

@@ -53,6 +53,24 @@ def first_tile(runs_ptr, run):
 
 
 @triton.jit
+def first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS: tl.constexpr):
+    """As `first_tile`, of a walk through the run in a direction: 1 from its first tile, -1 from its last."""
+    col, left = first_tile(runs_ptr, run)
+    return tl.where(direction < 0, col + (left - 1) * BLOCK_COLS, col), left
+
+
+@triton.jit
+def next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK_COLS: tl.constexpr):
+    """As `next_tile`, runs in their order and each in the direction. With a branch: for loops that wait for all they began in every step."""
+    left -= 1
+    col += direction * BLOCK_COLS
+    if left == 0:
+        run += 1
+        col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS)
+    return run, col, left
+
+
+@triton.jit
 def next_tile(runs_ptr, run, col, left, BLOCK_COLS: tl.constexpr):
     """Step to the next tile of the stream, crossing into the next run where one ends.
 
