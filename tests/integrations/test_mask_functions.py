@@ -24,7 +24,8 @@ LEFT = torch.tensor([0, 3])
 
 
 def packed(inner: Callable[..., Any]) -> Callable[..., Any]:
-    return known.packed_sequence_compatibility_function(inner, POSITIONS, PACKED)
+    remapped = known.remap_positions_for_packed_sequence(inner, POSITIONS)
+    return known.and_masks(remapped, known.packed_sequence_mask_function(PACKED))
 
 
 WHOLE = {

@@ -37,7 +37,7 @@ from weft_attn.plan import Plan
 
 NAME = "weft"
 OLDEST = (5, 23)
-TESTED = "5.23"
+TESTED = "5.23 and 5.24"
 
 # Keyword arguments that reach an attention and change nothing of it: what they say is in the mask, in the rotated queries and
 # keys, or belongs to other parts of the model.
