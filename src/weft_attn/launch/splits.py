@@ -64,7 +64,7 @@ def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
 
 
 def heads_of_two_rounds(n_items: int, multiprocessors: int, heads: int) -> int:
-    """Heads of a wave whose items come nearest to two rounds of a persistent grid: after an even number programs begin in step (ADR 19)."""
+    """Heads of a wave whose items come nearest to two rounds of a persistent grid: after two, programs begin in step again (ADR 19)."""
     return max(1, min(heads, round(2 * multiprocessors / max(1, n_items))))
 
 

@@ -3,7 +3,8 @@
     P_ij = exp2(s_ij - lse_log2_i),   dV_j = sum_i P_ij dout_i
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i
 
-Deterministic: the order in which a key's gradient is summed is fixed by the plan, the heads and the grid. Keys that nobody sees get zeros.
+Deterministic: the order in which a key's gradient is summed is fixed by the plan, the heads and the grid. Keys that nobody sees get
+zeros.
 """
 
 from triton.experimental import gluon

@@ -19,14 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from weft_attn.kernels.hopper.by_keys import (
-    differentiate,
-    multiply_queries,
-    seen_by,
-    weigh,
-    write_dk,
-    write_dv,
-)
+from weft_attn.kernels.hopper.by_keys import differentiate, multiply_queries, seen_by, weigh, write_dk, write_dv
 from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows

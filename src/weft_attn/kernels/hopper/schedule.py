@@ -63,7 +63,7 @@ class Schedule:
 
     @gluon.jit
     def direction_of(self, number):
-        """Producer of a backward by keys: which way the number's program walks interior tiles (`direction_of_round`)."""
+        """Producer: which way the number's program walks interior tiles (`direction_of_round`), where that matters: in a backward by keys."""
         _, _, round_number = self.locate(number)
         return direction_of_round(round_number)
 
@@ -95,13 +95,13 @@ class Schedule:
             run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
             record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
             record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
-            where = gl.where(fields == 0, head, self.direction_of(number))
-            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(where)
+            head_and_direction = gl.where(fields == 0, head, self.direction_of(number))
+            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(head_and_direction)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item` and `first_slice` read it, then `heard`."""
+        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item`, `first_slice` read it, then `heard`."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit

@@ -29,6 +29,7 @@ def place_in_list(number, n_items, n_heads, heads_per_wave, last_heads, programs
 
     The list is in the order of `program_item_and_head`, but the last wave has `last_heads` heads or more, so that it lasts as long as its
     longest item. A wave's numbers are cut into equal rounds, as many as programs go into them, rounded; rounds count over the whole list.
+    Of a wave with more numbers than programs squared the last round may be missing, which costs a step's rhythm and nothing else.
     """
     full_waves = (n_heads - last_heads) // heads_per_wave
     full = n_items * heads_per_wave
