@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from weft_attn import launch
@@ -11,6 +13,12 @@ from weft_attn.plan import Plan, Slice
 
 if TYPE_CHECKING:
     from weft_attn.distributed.context_parallel import ContextParallel
+
+# Before there is a process group: default arguments of these functions are the group of the moment they are imported, which keeps it and
+# its threads after `destroy_process_group`, and a gloo thread that outlives the interpreter aborts the process. Whatever brings
+# torch._dynamo brings them: torch.compiler.disable, many an optimizer, torch.compile. A torch without torch.distributed has none.
+with contextlib.suppress(ImportError):
+    importlib.import_module("torch.distributed.nn.functional")
 
 __version__ = "0.1.0"
 

@@ -6,7 +6,6 @@ time; a result that is wrong on any rank takes the figure away on all.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -77,9 +76,8 @@ class Request:
     quick: bool = False
 
 
-@contextlib.contextmanager
-def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
-    """The default process group of a `torchrun` job: this process's rank and its device. NCCL on GPUs, gloo on the CPU.
+def rank_device(device_name: str) -> torch.device:
+    """The device of this process of a `torchrun` job.
 
     Raises:
         InvalidInput: a device of one number, for all ranks.
@@ -93,15 +91,7 @@ def process_group(device_name: str) -> Iterator[tuple[int, torch.device]]:
             f"given an environment without {', '.join(missing)}"
         )
     device = chosen_device(device_name)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    yield dist.get_rank(), device
-    # Not where a rank fails: it would wait for the others, which wait for it in a collective until torchrun ends them.
-    dist.destroy_process_group()
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
 
 
 def run_group(request: Request, device: torch.device, notify: Notify = silent) -> Batches:

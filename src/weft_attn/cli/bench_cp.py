@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 
 from weft_attn.bench import cases, context_parallel, group_report, measured_rates, rates, report, timing
 from weft_attn.bench.records import GroupRecord
+from weft_attn.distributed.process_group import process_group
 
 
 def bench_cp(
@@ -43,14 +45,15 @@ def bench_cp(
         quick=quick,
     )
     records: list[GroupRecord] = []
-    with context_parallel.process_group(device) as (rank, own_device):
+    own_device = context_parallel.rank_device(device)
+    with process_group(own_device):
 
         def run(notify: timing.Notify) -> context_parallel.Batches:
             for batch in context_parallel.run_group(request, own_device, notify):
                 records.extend(batch)
                 yield batch
 
-        if rank == 0:
+        if dist.get_rank() == 0:
             code = report.show(run, out, group_report.group_figures)
             if write_rates is not None:
                 rates.write_rates(measured_rates.rates_of(records), write_rates)

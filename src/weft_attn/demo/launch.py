@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from weft_attn.demo.options import Options, Setup
+from weft_attn.distributed.process_group import process_group
 from weft_attn.errors import require
 
 
@@ -91,14 +92,8 @@ def train_rank(options: Options) -> bool:
     from weft_attn.demo.run import run_group
 
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if setup.on_gpu else torch.device("cpu")
-    if setup.on_gpu:
-        torch.cuda.set_device(device)
-    # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first batch.
-    dist.init_process_group(setup.backend, device_id=device if setup.on_gpu else None)
-    passed = run_group(setup, device)
-    # Not after an error: the others would then fail too, and hide the rank that failed first.
-    dist.destroy_process_group()
-    return passed
+    with process_group(device):
+        return run_group(setup, device)
 
 
 def _told(failure: ProcessFailure) -> str:

@@ -1,0 +1,31 @@
+"""The process group of a program of Weft's own: its start, and an end after which no thread of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default process group of a job that `torchrun`, or torch's launcher, has started: NCCL on GPUs, gloo on the CPU.
+
+    Args:
+        device: this process's own.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # With its device, a group connects here, where a rank that cannot says so, not in the first collective.
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    yield
+    # Not where a rank fails: it would wait for the others, or make them fail too and hide the one that failed first.
+    # What still holds the group keeps its threads alive, and one that ends a collective while the interpreter goes down aborts the
+    # process. References in cycles go here.
+    gc.collect()
+    dist.destroy_process_group()
