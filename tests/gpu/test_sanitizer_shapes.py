@@ -5,11 +5,13 @@ A test, and a script to run under a memory checker:
     compute-sanitizer --tool memcheck python tests/gpu/test_sanitizer_shapes.py
     compute-sanitizer --tool synccheck python tests/gpu/test_sanitizer_shapes.py
     compute-sanitizer --tool racecheck python tests/gpu/test_sanitizer_shapes.py
+    compute-sanitizer --tool synccheck python tests/gpu/test_sanitizer_shapes.py 20 head_dim=256    (20 times those of this name)
 """
 
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -54,8 +56,14 @@ def launch(case: Case) -> None:
         inputs,
     )
     torch.cuda.synchronize()
-    for name, tensor in found.items():
-        assert not tensor.isnan().any(), name
+    broken = {name: where_nan(tensor) for name, tensor in found.items() if tensor.isnan().any()}
+    assert not broken, f"NaN of {case}: {broken}"
+
+
+def where_nan(tensor: torch.Tensor) -> str:
+    """How many, and the rows, heads and columns between which they lie: what tells one lost tile from all of them."""
+    places = tensor.isnan().nonzero()
+    return f"{len(places)} of {tensor.numel()}, from {places.amin(0).tolist()} to {places.amax(0).tolist()}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -64,6 +72,8 @@ def test_shapes_for_the_sanitizer_run(case: Case) -> None:
 
 
 if __name__ == "__main__":
-    for each in CASES:
-        run(each)
+    repeats, wanted = int((sys.argv[1:2] or ["1"])[0]), (sys.argv[2:3] or [""])[0]
+    for each in (one for one in CASES if wanted in str(one)):
+        for _ in range(repeats):
+            run(each)
         print("ran", each, flush=True)  # noqa: T201
