@@ -74,7 +74,9 @@ def test_a_run_without_torchrun_says_how_to_start_one(monkeypatch: pytest.Monkey
     assert "torchrun" in str(result.exception)
 
 
-@pytest.mark.parametrize("arguments", [("--peers", "spiral"), ("--dtype", "int8"), ("--rounds", "0"), ("--device", "cuda:1")])
+@pytest.mark.parametrize(
+    "arguments", [("--peers", "spiral"), ("--dtype", "int8"), ("--rounds", "0"), ("--groups", "0"), ("--device", "cuda:1")]
+)
 def test_bad_requests_are_refused_before_a_group_is_made(arguments: tuple[str, ...]):
     assert isinstance(command(bench_cp, "--device", "cpu", *arguments).exception, InvalidInput)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +34,7 @@ from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
 from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
 from weft_attn.bench.workload import Workload
 from weft_attn.distributed.collectives import Ranks
+from weft_attn.distributed.groups import equal_groups
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.reference import reference_attention
 from weft_attn.testing.ranks import run_ranks
@@ -118,6 +123,59 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
         assert all(budget.passed for budget in record.budgets.values())
     assert {by_name[IDEAL, p].share_of_ideal for p in OWN_PASSES} == {1.0}
     assert {by_name[WEFT, p].ratio_to_weft for p in OWN_PASSES} == {1.0}
+
+
+def in_other_groups(rank: int, world_size: int) -> tuple[list[GroupRecord], list[list[int]]]:
+    parallel = weft.ContextParallel()
+    records_of = context_parallel.run_workload(
+        Workload(DIVISIBLE, world_size, SMALL, "zigzag"), request(group_counts=(1, 2, 3)), parallel, CPU, ENVIRONMENT
+    )
+    x = torch.ones(36, 2, 16, requires_grad=True)
+    widths: list[list[int]] = []
+    for count in (1, 2):
+        with group_ways.in_groups(equal_groups(2, count)), patched_gathers() as gathers:
+            parallel.attention(x.repeat(1, 2, 1), x, x, [0, *accumulate(DIVISIBLE)]).sum().backward()
+        widths.append([buffer.shape[1] for buffer in gathers])
+    return records_of, widths
+
+
+@contextlib.contextmanager
+def patched_gathers() -> Iterator[list[torch.Tensor]]:
+    """What is gathered inside."""
+    seen: list[torch.Tensor] = []
+    gather = Ranks.all_gather
+
+    def watched(self: Ranks, buffer: torch.Tensor) -> object:
+        seen.append(buffer)
+        return gather(self, buffer)
+
+    with mock.patch.object(Ranks, "all_gather", watched):
+        yield seen
+
+
+def test_other_groups_of_heads_are_timed_and_checked_as_the_chosen_are():
+    (found, widths), (same, _) = run_ranks(in_other_groups, 2)
+    assert found == same
+    by_name = {(r.peer, r.pass_name): r for r in found}
+    for count in (1, 2):
+        for pass_name in OWN_PASSES:
+            record = by_name[group_ways.grouped_name(count), pass_name]
+            assert record.status == OK
+            assert record.budgets == by_name[WEFT, pass_name].budgets
+            assert record.milliseconds > 0
+            assert record.ratio_to_weft > 0
+    absent = by_name["weft: 3 groups", FORWARD]
+    assert (absent.status, absent.note) == (ABSENT, "2 KV heads, of which 2 may be gathered together, make 1 to 2 groups")
+    # A head has 2 x 16 columns; forward and backward gather alike.
+    assert widths == [[64, 64], [32, 32, 32, 32]]
+
+
+def test_numbers_of_groups_are_positive():
+    assert context_parallel.chosen_counts(None) == []
+    assert context_parallel.chosen_counts(["4", "1", "4"]) == [1, 4]
+    for wrong in ("0", "-1", "two", "1.5"):
+        with pytest.raises(InvalidInput, match="positive"):
+            context_parallel.chosen_counts([wrong])
 
 
 @pytest.mark.parametrize(("batch", "why"), [(1, "2 x ranks divides"), (2, "zigzag layout")])

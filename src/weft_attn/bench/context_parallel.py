@@ -21,13 +21,14 @@ from weft_attn.bench.cases import Case, Model, PackedDocuments, Tensors, chosen_
 from weft_attn.bench.group_peers import TWO_CALLS, GroupPeer
 from weft_attn.bench.group_ring import ZigzagRing
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
-from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Way, weft_ways
+from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Way, grouped_name, weft_ways
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
 from weft_attn.bench.records import ABSENT, OK, RED, UNCHECKED, Environment, GroupRecord, environment_of, first_line
 from weft_attn.bench.report import share_of_bound
 from weft_attn.bench.timing import Notify, Pace, Samples, clock_of, silent
 from weft_attn.bench.workload import Workload, workloads
 from weft_attn.distributed.collectives import Ranks
+from weft_attn.distributed.memory import Memory
 from weft_attn.distributed.shard import ShardedBatch, sharded_batch
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.slices import Plan
@@ -54,6 +55,19 @@ def chosen_peers(wanted: Sequence[str] | None) -> list[GroupPeer]:
     return [peer for name, peer in known.items() if wanted is None or name in wanted]
 
 
+def chosen_counts(wanted: Sequence[str] | None) -> list[int]:
+    """Numbers of groups, in order, each once; none where none are wanted.
+
+    Raises:
+        InvalidInput: what is no number above 0.
+    """
+    for text in wanted or ():
+        require(
+            text.isdecimal() and int(text) > 0, "a number of groups is positive", expected="an integer >= 1", given=repr(text)
+        )
+    return sorted({int(text) for text in wanted or ()})
+
+
 @dataclass(frozen=True)
 class Request:
     """What to measure.
@@ -62,6 +76,7 @@ class Request:
         peers: who is measured beside Weft.
         device_name: "cuda" (each rank its own GPU) or "cpu".
         layout, max_gather_bytes: as `ContextParallel` takes them.
+        group_counts: groups of KV heads to try beside what Weft chooses; a case whose cap or heads do not allow one leaves it out.
         check: whether results are checked before they are timed.
         quick: tiny workloads.
     """
@@ -72,6 +87,7 @@ class Request:
     pace: Pace
     layout: str = "zigzag"
     max_gather_bytes: int | None = None
+    group_counts: Sequence[int] = ()
     check: bool = True
     quick: bool = False
 
@@ -175,7 +191,7 @@ def run_workload(
         pairs=work.case.plan.pairs,
         heads=workload.model.name,
     )
-    ways, absent = _ways(work, parallel, request.peers, device)
+    ways, absent = _ways(work, parallel, request, device)
     records = [
         template(peer=name, pass_name=one, status=ABSENT, note=why) for name, why in absent.items() for one in OWN_PASSES
     ]
@@ -236,12 +252,19 @@ def _time(name: str, one: GroupSamples, world_size: int) -> Samples:
 
 
 def _ways(
-    work: RankWork, parallel: weft.ContextParallel, peers: Sequence[GroupPeer], device: torch.device
+    work: RankWork, parallel: weft.ContextParallel, request: Request, device: torch.device
 ) -> tuple[list[Way], dict[str, str]]:
-    """Weft's ways and the peers' that can, and why the other peers cannot."""
-    ways = weft_ways(work.workload, parallel, work.batch, work.own, work.whole, work.own_oracle, work.whole_oracle)
-    absent = {}
-    for peer in peers:
+    """Weft's ways and the peers' that can, and why the others cannot."""
+    heads, largest = work.workload.model.kv_heads, _memory(work.workload, parallel).largest
+    least = -(-heads // largest)
+    absent = {
+        grouped_name(count): f"{heads} KV heads, of which {largest} may be gathered together, make {least} to {heads} groups"
+        for count in request.group_counts
+        if not least <= count <= heads
+    }
+    counts = [count for count in request.group_counts if grouped_name(count) not in absent]
+    ways = weft_ways(work.workload, parallel, work.batch, work.own, work.whole, work.own_oracle, work.whole_oracle, counts)
+    for peer in request.peers:
         reason = peer.supports(work.workload, device)
         if reason is None:
             attend = peer.prepare(work.batch, device)
@@ -285,11 +308,15 @@ def _peak_bytes(way: Way, pass_name: str, device: torch.device) -> int | None:
     return int(most.item())
 
 
-def _formula_bytes(workload: Workload, parallel: weft.ContextParallel, pass_name: str) -> int:
+def _memory(workload: Workload, parallel: weft.ContextParallel) -> Memory:
     model = workload.model
-    memory = parallel.memory(
+    return parallel.memory(
         workload.cu_seqlens, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=model.dtype
     )
+
+
+def _formula_bytes(workload: Workload, parallel: weft.ContextParallel, pass_name: str) -> int:
+    memory = _memory(workload, parallel)
     return memory.forward if pass_name == FORWARD else memory.backward
 
 

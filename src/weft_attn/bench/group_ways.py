@@ -3,14 +3,17 @@
 - the whole of it: gathers, kernels, reduce-scatters, overlapped;
 - its kernels alone: one launch for all heads, on keys and values that are gathered already;
 - its communication alone: the same code with kernels that do nothing, so the same collectives, buffers and copies in the same order;
+- the whole of it in other groups of KV heads than it chooses, where they are asked for;
 - the ideal: the whole batch on every GPU for itself, over the ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -18,7 +21,8 @@ import weft_attn as weft
 from weft_attn.bench.cases import Tensors
 from weft_attn.bench.oracle import Oracle
 from weft_attn.bench.workload import Workload
-from weft_attn.distributed import gathered
+from weft_attn.distributed import context_parallel, gathered
+from weft_attn.distributed.groups import Groups, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.testing.compare import Budget
 
@@ -88,11 +92,14 @@ def weft_ways(
     whole: Tensors,
     own_oracle: Oracle | None,
     whole_oracle: Oracle | None,
+    group_counts: Sequence[int] = (),
 ) -> list[Way]:
     """Weft first, then its parts.
 
     Args:
         batch: the workload as this rank sees it.
+        group_counts: groups of KV heads to try beside what Weft chooses; at most as many as there are heads, none larger than its cap
+            allows.
         own, own_oracle: tensors of this rank's tokens, in its order; whole, whole_oracle: of the whole batch.
     """
     cu_seqlens = workload.cu_seqlens
@@ -113,6 +120,10 @@ def weft_ways(
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
     if workload.world_size > 1:
+        for count in group_counts:
+            groups = equal_groups(workload.model.kv_heads, count)
+            note = "as many equal groups of KV heads in both passes, whatever `distributed/groups.py` says"
+            ways.append(Way(grouped_name(count), attend, own, own_oracle, around=partial(in_groups, groups), note=note))
         note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"
         ways.append(Way(COMMUNICATION, attend, own, None, around=without_kernels, note=note))
     note = "every GPU does the whole batch for itself; its time over the ranks, the mean of the GPUs"
@@ -120,18 +131,37 @@ def weft_ways(
     return ways
 
 
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
+def grouped_name(count: int) -> str:
+    """The way of Weft in this many groups of KV heads."""
+    return f"{WEFT}: {count} group{'' if count == 1 else 's'}"
+
+
+def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Inside, context parallelism does everything but compute."""
+    return _exchanged(gathered, attention_into=_nothing, attention_backward_into=_nothing)
+
+
+def in_groups(groups: tuple[slice, ...]) -> contextlib.AbstractContextManager[None]:
+    """Inside, context parallelism goes through KV heads in these groups, forward and backward."""
+
+    def chosen(*_arguments: object) -> Groups:
+        return Groups(groups, groups)
+
+    return _exchanged(context_parallel, head_groups=chosen)
+
+
+@contextlib.contextmanager
+def _exchanged(module: ModuleType, **functions: Callable[..., object]) -> Iterator[None]:
+    """Inside, the module has these functions in place of its own."""
     # By hand: it is timed, and a mock takes the host longer than a small collective.
-    kernels = {name: getattr(gathered, name) for name in ("attention_into", "attention_backward_into")}
+    own = {name: getattr(module, name) for name in functions}
     try:
-        for name in kernels:
-            setattr(gathered, name, _nothing)
+        for name, function in functions.items():
+            setattr(module, name, function)
         yield
     finally:
-        for name, kernel in kernels.items():
-            setattr(gathered, name, kernel)
+        for name, function in own.items():
+            setattr(module, name, function)
 
 
 def gathered_keys_and_values(batch: ShardedBatch, whole: Tensors) -> tuple[torch.Tensor, torch.Tensor]:

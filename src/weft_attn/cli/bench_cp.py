@@ -16,6 +16,7 @@ from weft_attn.distributed.process_group import process_group
 def bench_cp(
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
     max_gather_bytes: Annotated[int | None, typer.Option(help="cap of gathered keys, values and gradients (4 GiB)")] = None,
+    groups: Annotated[str | None, typer.Option(help="also in so many equal groups of KV heads, comma-separated")] = None,
     head_dim: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="query heads")] = None,
     kv_heads: Annotated[int | None, typer.Option()] = None,
@@ -41,6 +42,7 @@ def bench_cp(
         pace=timing.chosen_pace(quick=quick, rounds=rounds),
         layout=layout,
         max_gather_bytes=max_gather_bytes,
+        group_counts=context_parallel.chosen_counts(cases.comma_separated(groups)),
         check=check,
         quick=quick,
     )

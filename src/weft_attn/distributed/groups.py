@@ -195,6 +195,11 @@ def _equal(heads: int, count: int) -> list[int]:
     return [(i + 1) * heads // count - i * heads // count for i in range(count)]
 
 
+def equal_groups(kv_heads: int, count: int) -> tuple[slice, ...]:
+    """So many groups of nearly as many heads each; count <= kv_heads."""
+    return _slices(_equal(kv_heads, count))
+
+
 def _slices(sizes: Sequence[int]) -> tuple[slice, ...]:
     stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return tuple(slice(stop - n, stop) for n, stop in zip(sizes, stops, strict=True))
