@@ -21,6 +21,7 @@ from weft_attn.kernels.offline import compile_call
 from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig, HopperConfig, HopperForwardConfig
 from weft_attn.launch.device import TARGETS, target
 from weft_attn.launch.select import tables
+from weft_attn.testing.shared_memory import BYTES, NUM_WARPS, fill_call
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
 HOPPER = Variant(
@@ -137,6 +138,13 @@ def test_what_the_compiler_raises_is_an_outcome() -> None:
     outcome = compile_variant(replace(FORWARD, config=config))
     assert "power of 2" in outcome.error
     assert outcome.faults(MAX_SPILL) == [outcome.error]
+
+
+def test_what_leaves_nan_in_shared_memory_writes_all_that_it_takes() -> None:
+    compiled = compile_call(fill_call(torch.empty(132, 3, device="meta"), float("nan")), "sm_90")
+    assert compiled.shared_memory == BYTES
+    # 16 bytes a thread, and none of them left out.
+    assert compiled.assembly.count("st.shared.v4") * 16 * 32 * NUM_WARPS == BYTES
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

@@ -164,11 +164,12 @@ def test_a_thousand_runs_are_equal_to_the_bit() -> None:
     assert int(differing) == 0
 
 
-def test_many_short_items_in_a_row_are_equal_to_the_bit() -> None:
-    """Items of one or two tiles: what an item reads must have come before the copy engine brings the next one's."""
-    offsets = torch.arange(0, 257) * 256
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(32, 8, 256), (16, 16, 64), (16, 16, 33)])
+def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: int, length: int) -> None:
+    """Items of one or two tiles: what an item reads, its place in the tables too, must have come before the next one's is brought."""
+    offsets = torch.arange(0, 65536 // length + 1) * length
     plan = weft.Plan.from_cu_seqlens(offsets, offsets, causal=True)
-    case = replace(MAIN, heads=32, kv_heads=8)
+    case = replace(MAIN, heads=heads, kv_heads=kv_heads)
     x = make_inputs(case, plan, DEVICE)
 
     def run() -> list[torch.Tensor]:

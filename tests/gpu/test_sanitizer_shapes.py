@@ -1,4 +1,4 @@
-"""A few small shapes that go through every kernel, with nothing else on the GPU.
+"""A few small shapes that go through every kernel, with nothing else on the GPU, and NaN in memory and in shared memory before.
 
 A test, and a script to run under a memory checker:
 
@@ -22,6 +22,8 @@ from weft_attn.launch.device import device_of
 from weft_attn.launch.select import FORWARD_KERNELS, Problem, select_first, select_fused
 from weft_attn.testing.cases import Case, make_inputs
 from weft_attn.testing.compare import evaluate
+from weft_attn.testing.memory import memory_of_nan
+from weft_attn.testing.shared_memory import BYTES, fill_shared_memory
 
 CASES = [
     Case(plan="packed", size=101, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16),
@@ -51,19 +53,45 @@ def run(case: Case) -> None:
 def launch(case: Case) -> None:
     plan = case.make_plan()
     inputs = make_inputs(case, plan, "cuda")
-    found = evaluate(
-        lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options),  # type: ignore[arg-type, return-value]
-        inputs,
-    )
+
+    def attention(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        leave_nan()
+        out, lse = weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options)  # type: ignore[arg-type, misc]
+        # Before the backward's first kernel.
+        out.register_hook(leave_nan)
+        return out, lse
+
+    found = evaluate(attention, inputs)
     torch.cuda.synchronize()
     broken = {name: where_nan(tensor) for name, tensor in found.items() if tensor.isnan().any()}
     assert not broken, f"NaN of {case}: {broken}"
 
 
+def leave_nan(_gradient: torch.Tensor | None = None) -> None:
+    """NaN for the next kernel to find, where shared memory is as large as Hopper's."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if device_of(device).shared_memory >= BYTES:
+        read = fill_shared_memory(device)
+        assert read.isnan().all()
+
+
 def where_nan(tensor: torch.Tensor) -> str:
-    """How many, and the rows, heads and columns between which they lie: what tells one lost tile from all of them."""
+    """How many, and which indices they have in each dimension: one tile, one warp's rows, half of the columns, or all."""
     places = tensor.isnan().nonzero()
-    return f"{len(places)} of {tensor.numel()}, from {places.amin(0).tolist()} to {places.amax(0).tolist()}"
+    return f"{len(places)} of {tensor.numel()}, at " + " x ".join(_ranges(column.unique().tolist()) for column in places.T)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers as "0-63, 70"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return "(" + ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found) + ")"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,5 +103,6 @@ if __name__ == "__main__":
     repeats, wanted = int((sys.argv[1:2] or ["1"])[0]), (sys.argv[2:3] or [""])[0]
     for each in (one for one in CASES if wanted in str(one)):
         for _ in range(repeats):
-            run(each)
+            with memory_of_nan():
+                run(each)
         print("ran", each, flush=True)  # noqa: T201

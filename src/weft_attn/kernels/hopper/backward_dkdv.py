@@ -67,7 +67,6 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
-        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
@@ -94,6 +93,7 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
         memory.v.release(kv_step)
         write_dk(p, kv_head, 0, dk_acc, first_row, n_rows)
         write_dv(p, kv_head, 0, dv_acc, first_row, n_rows)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

@@ -176,7 +176,6 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         head = schedule.head(turn)
         first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
         row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
-        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows
         stats = head.to(gl.int64) * p.stride_stats_h + rows
@@ -219,6 +218,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
 
         dq_ptr = p.dq_ptr + head.to(gl.int64) * p.stride_dqh
         write_rows(dq_ptr, p.stride_dqt, dq_acc * p.softmax_scale, first_row, n_rows, acc_layout)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

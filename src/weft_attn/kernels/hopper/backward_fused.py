@@ -168,7 +168,6 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
-        schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.
@@ -219,6 +218,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
         memory.v.release(kv_step)
         write_dk(p, kv_head, 0, dk_acc, first_row, n_rows)
         write_dv(p, kv_head, 0, dv_acc, first_row, n_rows)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

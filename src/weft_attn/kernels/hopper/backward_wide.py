@@ -99,7 +99,6 @@ def sum_products(p, memory, exchange, IS_DV: gl.constexpr):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         first_row, n_rows, _, edge_tiles, _, interior_tiles, _, _ = schedule.item(turn, 0)
-        schedule.heard(turn)
         # In halves: under ptxas 12.8 a kernel of four warp groups takes no wider product.
         acc_left = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
         acc_right = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
@@ -118,6 +117,7 @@ def sum_products(p, memory, exchange, IS_DV: gl.constexpr):
         else:
             write_dk(p, kv_head, 0, acc_left, first_row, n_rows)
             write_dk(p, kv_head, COLUMNS, acc_right, first_row, n_rows)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)
@@ -219,7 +219,6 @@ def weigh_and_differentiate(p, memory, exchange):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
         first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, 0)
-        schedule.heard(turn)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.
@@ -272,6 +271,7 @@ def weigh_and_differentiate(p, memory, exchange):
 
         memory.k.release(turn)
         memory.v.release(turn)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

@@ -237,7 +237,6 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         head = schedule.head(turn)
         first_row, n_rows, edge_run, edge_tiles, _interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
         row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
-        schedule.heard(turn)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         row_sum = gl.zeros([ROWS, p.SUMS], gl.float32, p.sums_layout)
@@ -288,6 +287,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             tma.store_wait(pendings=0)
             fence_async_shared()
             memory.q.release(q_step)
+        schedule.heard(turn)
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)

@@ -15,8 +15,9 @@ from weft_attn.kernels.hopper.tiles import ROWS
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import direction_of_round, place_in_list
 
-# Turns on their way to the consumers.
-SLOTS = gl.constexpr(2)
+# Turns on their way to the consumers: one that they work on, which they hold to its end, the next, the one that is told, and one more,
+# so that the producer waits for nobody's end.
+SLOTS = gl.constexpr(4)
 # Tiles of an item that is over soon.
 SHORT = gl.constexpr(8)
 # int32 that a turn is told in.
@@ -101,7 +102,7 @@ class Schedule:
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item`, `first_slice` read it, then `heard`."""
+        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item`, `first_slice` read it."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit
@@ -161,7 +162,7 @@ class Schedule:
 
     @gluon.jit
     def heard(self, turn):
-        """Consumer: done with what was told of `turn`."""
+        """Consumer: done with `turn`. At its end: what was read has come only where it was used (docs/adr/0018)."""
         mbarrier.arrive(self.empty.index(turn % SLOTS), count=1)
 
     @gluon.jit
