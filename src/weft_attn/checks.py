@@ -9,6 +9,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from weft_attn.errors import InvalidInput, refuse, require
@@ -24,6 +25,8 @@ _BATCHED = tuple(f"(batch, seqlen, heads, {dim})" for dim in ("D", "D", "Dv"))
 def is_tensor(x: Any, name: str, ndim: int, layout: str) -> None:
     if not isinstance(x, torch.Tensor):
         refuse(f"{name} is a tensor", expected="torch.Tensor", given=type(x).__name__)
+    if x.layout != torch.strided or x.is_nested:
+        refuse(f"{name} is a dense tensor", expected="torch.strided, not nested", given=x.layout)
     if x.ndim != ndim:
         refuse(f"{name} has {ndim} dimensions", expected=layout, given=tuple(x.shape))
 
@@ -57,13 +60,8 @@ def _agree(
     )
     require(k[:-1] == v[:-1], "k and v agree in all but head dim", expected=tuple(k[:-1]), given=tuple(v[:-1]))
     require(q[-1] == k[-1], "q and k share a head dim", expected=q[-1], given=k[-1])
-    for size, name in ((q, "q and k"), (v, "v")):
-        require(
-            8 <= size[-1] <= MAX_HEAD_DIM and size[-1] % 8 == 0,
-            f"the head dim of {name} is a multiple of 8 up to {MAX_HEAD_DIM}",
-            expected=f"8, 16, ..., {MAX_HEAD_DIM}",
-            given=size[-1],
-        )
+    head_dim(q[-1], "the head dim of q and k")
+    head_dim(v[-1], "the head dim of v")
     heads, kv_heads = q[-2], k[-2]
     require(
         kv_heads >= 1 and heads >= 1 and heads % kv_heads == 0,
@@ -73,6 +71,16 @@ def _agree(
     )
     if len(q) == 4:
         require(q[0] == k[0], "q and k share a batch", expected=q[0], given=k[0])
+
+
+def head_dim(value: int, name: str) -> int:
+    require(
+        8 <= value <= MAX_HEAD_DIM and value % 8 == 0,
+        f"{name} is a multiple of 8 up to {MAX_HEAD_DIM}",
+        expected=f"8, 16, ..., {MAX_HEAD_DIM}",
+        given=value,
+    )
+    return value
 
 
 _agree_once = lru_cache(maxsize=1024)(_agree)
@@ -87,8 +95,8 @@ def totals(q: torch.Tensor, k: torch.Tensor, total_q: int, total_k: int, owner: 
 
 
 def number(value: Any, name: str) -> float:
-    """A finite, non-negative Python number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A finite, non-negative number of Python or numpy."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise InvalidInput(f"{name} is a number: expected a finite float >= 0, given {value!r}")
     # Comparisons, not math.isfinite: torch.compile(dynamic=True) traces them.
     if not 0 <= value < math.inf:
@@ -102,9 +110,9 @@ def scale(value: Any, head_dim: int) -> float:
 
 
 def flag(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         refuse(f"{name} is a bool", expected="True or False", given=repr(value))
-    return value
+    return bool(value)
 
 
 def sink_logits(sinks: Any, q: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import weft_attn as weft
 from weft_attn import InvalidInput, WeftError
 from weft_attn.distributed import context_parallel
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.context_parallel import current_batch
+from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.plan.layouts import LAYOUTS
 
 CU = [0, 5, 5, 16]
@@ -105,6 +110,71 @@ def test_an_error_ends_the_batch() -> None:
     assert current_batch() is None
 
 
+def test_what_inference_or_tracing_built_serves_training() -> None:
+    cp, cu = weft.ContextParallel(), [0, 3, 9]
+    x = torch.randn(9, 2)
+    with torch.inference_mode():
+        expected = cp.shard(cu, x)
+    leaf = x.clone().requires_grad_()
+    cp.shard(cu, leaf).sum().backward()
+    assert torch.equal(leaf.grad, torch.ones(9, 2))
+    assert torch.equal(cp.shard(cu, x), expected)
+    with FakeTensorMode():
+        cp.shard([0, 4, 9], torch.empty(9, 2))
+    assert torch.equal(cp.shard([0, 4, 9], x), x)
+
+
+def test_a_batch_is_the_cu_seqlens_that_were_given_whatever_becomes_of_them() -> None:
+    cu = torch.tensor(CU)
+    q, k, v = tensors(requires_grad=False)
+    with weft.ContextParallel().batch(cu) as active:
+        expected = active.attention(q, k, v)
+        cu[1:-1] = 9
+        assert torch.equal(active.attention(q, k, v), expected)  # type: ignore[arg-type]
+
+
+def test_positions_lie_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(ShardedBatch, "on", lambda self, device, name: asked.append(device) or torch.zeros(1))
+    cp = weft.ContextParallel()
+    for device in (None, "cpu", torch.device("meta"), "cuda:1"):
+        cp.position_ids(CU, device=device)
+    assert asked == [torch.device("cpu"), torch.device("cpu"), torch.device("meta"), torch.device("cuda:1")]
+    if torch.accelerator.is_available():
+        cp.position_ids(CU, device=0)
+        assert asked[-1] == torch.device(0)
+    else:
+        # The first GPU, not a falsy number that means the CPU.
+        with pytest.raises(RuntimeError, match="accelerator"):
+            cp.position_ids(CU, device=0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_everything_may_be_called_from_a_compiled_function() -> None:
+    torch._dynamo.reset()
+    cp, x, ids = weft.ContextParallel(), torch.randn(16, 2, 16), torch.arange(16)
+
+    def all_of_it(x: torch.Tensor, cu: list[int]) -> list[torch.Tensor]:
+        with cp.batch(cu):
+            rows = cp.shard(cu, x * 2)
+            found = [rows.sin(), cp.unshard(cu, rows) + 1, cp.position_ids(cu) * 2, cp.shift_labels(cu, ids) - 1]
+            return [*found, cp.attention(rows, rows, rows, cu).cos()]  # type: ignore[union-attr]
+
+    compiled = torch.compile(all_of_it, backend="aot_eager")
+    # The second has been seen before by the caches that the first call fills.
+    for cu in ([0, 3, 16], [0, 3, 16], [0, 16]):
+        for one, other in zip(compiled(x, cu), all_of_it(x, cu), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_copy_is_on_the_same_ranks() -> None:
+    cp = weft.ContextParallel(layout="striped", debug=True)
+    for other in (copy.deepcopy(cp), copy.copy(cp), pickle.loads(pickle.dumps(cp))):
+        assert repr(other) == repr(cp) == "ContextParallel(rank 0 of 1, layout='striped')"
+        assert vars(other).keys() == vars(cp).keys()
+        assert other.position_ids(CU).tolist() == cp.position_ids(CU).tolist()
+
+
 def test_one_rank_takes_no_memory() -> None:
     found = weft.ContextParallel().memory(CU, heads=4, kv_heads=2, head_dim=16, dtype=torch.bfloat16)
     assert (found.forward, found.backward, found.kept) == (0, 0, 0)
@@ -147,6 +217,9 @@ REFUSED: dict[str, Callable[[], object]] = {
     "memory of uneven heads": lambda: weft.ContextParallel().memory(CU, heads=3, kv_heads=2, head_dim=16, dtype=torch.float16),
     "memory of no head": lambda: weft.ContextParallel().memory(CU, heads=1, kv_heads=0, head_dim=16, dtype=torch.float16),
     "memory of integers": lambda: weft.ContextParallel().memory(CU, heads=1, kv_heads=1, head_dim=16, dtype=torch.int8),
+    "memory of a head dim that attention refuses": lambda: weft.ContextParallel().memory(
+        CU, heads=1, kv_heads=1, head_dim=16, head_dim_v=9, dtype=torch.half
+    ),
     "memory of a wide head": lambda: weft.ContextParallel().memory(CU, heads=1, kv_heads=1, head_dim=512, dtype=torch.half),
     "batch of bad cu_seqlens": lambda: weft.ContextParallel().batch([3]).__enter__(),
 }
@@ -159,6 +232,12 @@ def test_what_makes_no_sense_is_refused_in_words(name: str) -> None:
     assert "expected" in str(raised.value)
     assert "given" in str(raised.value)
     assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("name", ["cap of zero", "cap as a float", "unknown layout", "keep_gathered as a number"])
+def test_a_bad_option_is_bad_input(name: str) -> None:
+    with pytest.raises(InvalidInput):
+        REFUSED[name]()
 
 
 def test_a_wrong_number_of_rows_names_the_rule() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -211,6 +213,38 @@ def compiled(rank: int, world_size: int) -> float:
         found = [torch.autograd.grad(run(x, cu).square().sum(), list(layer.parameters())) for run in (layer, fast)]
         worst = max(worst, *(float((one - other).abs().max()) for one, other in zip(*found, strict=True)))
     return worst
+
+
+def of_every_dtype(rank: int, world_size: int) -> list[bool]:
+    """Whether unshard gives the batch back, for dtypes that the backend itself does not know too."""
+    cp = weft.ContextParallel()
+    dtypes = (torch.int16, torch.uint8, torch.bool, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.complex64)
+    batches = [torch.arange(20).remainder(2).to(dtype).view(20, 1).expand(20, 3).contiguous() for dtype in dtypes]
+    shards = [cp.shard(CU_OF_20, x.view(torch.uint8).view(20, -1)).view(x.dtype) for x in batches]
+    return [
+        torch.equal(cp.unshard(CU_OF_20, one).view(torch.uint8), x.view(torch.uint8).view(20, -1))
+        for one, x in zip(shards, batches, strict=True)
+    ]
+
+
+CU_OF_20 = [0, 7, 8, 20]
+
+
+def test_unshard_takes_every_dtype() -> None:
+    for of_rank in run_ranks(of_every_dtype, 2):
+        assert all(of_rank)
+
+
+def copied(rank: int, world_size: int) -> tuple[list[int], str]:
+    cp = copy.deepcopy(weft.ContextParallel())
+    with pytest.raises(TypeError, match="make a ContextParallel in each process") as refused:
+        pickle.dumps(cp)
+    return cp.unshard(CU_OF_20, cp.shard(CU_OF_20, torch.arange(20))).tolist(), str(refused.value)
+
+
+def test_a_copy_is_on_the_same_ranks_and_a_pickle_is_refused_in_words() -> None:
+    for whole, _ in run_ranks(copied, 2):
+        assert whole == list(range(20))
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,29 @@ DECODERS: dict[str, Callable[[], Any]] = {
 }
 
 
+# Decoders with other layers beside attention that mix rows.
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "qwen3_next": dict(
+        layer_types=["linear_attention", "full_attention"],
+        num_experts=2,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "minimax": dict(layer_types=["linear_attention", "full_attention"], num_local_experts=2),
+}
+
+
+def hybrid(name: str) -> Any:
+    config = transformers.AutoConfig.for_model(name, **{**SHARED, **HYBRIDS[name]})
+    return made(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
+
+
 def bert() -> Any:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
     return made(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{name: SHARED[name] for name in names})).eval())

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import decoder, step_in_one_process, steps_on_rank, tokens
+from models import HYBRIDS, decoder, hybrid, step_in_one_process, steps_on_rank, tokens
 
 import weft_attn as weft
 from weft_attn.errors import InvalidInput, Unsupported, WeftError
@@ -135,6 +135,16 @@ def test_chunked_layers_and_encoders_are_refused() -> None:
         model(**INPUTS)
     with CP.batch([0, 4]), pytest.raises(Unsupported, match="decoders"):
         make_mask(1, 4, 4, mask_function=transformers.masking_utils.bidirectional_mask_function)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_layers_that_mix_rows_by_themselves_are_refused(name: str) -> None:
+    """A convolution over a rank's rows mixes rows that are no neighbours: other logits, without a word."""
+    model = hybrid(name)
+    model.set_attn_implementation("weft")
+    model(**INPUTS)
+    with CP.batch(CU_SEQLENS), pytest.raises(Unsupported, match=r"in attention alone: .* given (conv|linear_attention)"):
+        model(**INPUTS)
 
 
 def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:

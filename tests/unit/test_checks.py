@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,9 @@ def test_supported_tensors_pass(dtype: torch.dtype, heads: int, kv_heads: int, d
         (packed(), [1], packed(), "k is a tensor"),
         (packed(), packed(), packed()[0], "v has 3 dimensions"),
         (packed()[None], packed(), packed(), "q has 3 dimensions"),
+        (packed(2).to_sparse(), packed(), packed(), "q is a dense tensor"),
+        (packed(), torch.nested.nested_tensor([packed()[0]]), packed(), "k is a dense tensor"),
+        (packed(), packed(), torch.nested.nested_tensor([packed()[0]], layout=torch.jagged), "v is a dense tensor"),
         (packed(dtype=torch.float64), packed(dtype=torch.float64), packed(dtype=torch.float64), "fp16, bf16 or fp32"),
         (packed(dtype=torch.int32), packed(dtype=torch.int32), packed(dtype=torch.int32), "fp16, bf16 or fp32"),
         (packed(), packed(dtype=torch.float16), packed(), "share a dtype"),
@@ -71,9 +75,11 @@ def test_a_scalar_is_a_finite_number_that_is_not_negative(value: Any) -> None:
         checks.number(value, "softcap")
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, 1e-30])
+@pytest.mark.parametrize("value", [0, 0.0, 1, 2.5, 1e-30, np.float32(0.5), np.float64(2), np.int64(3)])
 def test_plain_numbers_are_scalars(value: float) -> None:
-    assert checks.number(value, "softcap") == value
+    found = checks.number(value, "softcap")
+    assert found == value
+    assert type(found) is float
 
 
 def test_the_scale_is_one_over_the_root_of_the_head_dim_by_default() -> None:
@@ -81,6 +87,11 @@ def test_the_scale_is_one_over_the_root_of_the_head_dim_by_default() -> None:
     assert checks.scale(0.3, 64) == 0.3
     with pytest.raises(InvalidInput, match="softmax_scale"):
         checks.scale(math.nan, 64)
+
+
+@pytest.mark.parametrize("value", [True, False, np.bool_(True), np.bool_(False)])
+def test_a_flag_may_be_numpys(value: Any) -> None:
+    assert checks.flag(value, "causal") is bool(value)
 
 
 @pytest.mark.parametrize("value", [0, 1, None, "yes", torch.tensor(True)])

@@ -21,7 +21,7 @@ import weft_attn as weft
 from weft_attn.bench.cases import Tensors
 from weft_attn.bench.oracle import Oracle
 from weft_attn.bench.workload import Workload
-from weft_attn.distributed import context_parallel, gathered
+from weft_attn.distributed import gathered
 from weft_attn.distributed.groups import Groups, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.testing.compare import Budget
@@ -143,6 +143,8 @@ def without_kernels() -> contextlib.AbstractContextManager[None]:
 
 def in_groups(groups: tuple[slice, ...]) -> contextlib.AbstractContextManager[None]:
     """Inside, context parallelism goes through KV heads in these groups, forward and backward."""
+    # Late: it brings torch._dynamo and Triton along, which a command that only lists its options does without.
+    from weft_attn.distributed import context_parallel
 
     def chosen(*_arguments: object) -> Groups:
         return Groups(groups, groups)

@@ -28,7 +28,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, object], refusal: WeftEr
     """
     digests = [int(refusal is not None), *(_digest(facts.get(name)) for name in FACTS)]
     buffer = torch.empty(ranks.world_size, len(digests), dtype=torch.int64, device=ranks.control_device)
-    ranks.own_rows(buffer).copy_(torch.tensor([digests]))
+    ranks.own_rows(buffer).copy_(torch.tensor([digests], device="cpu"))
     ranks.all_gather(buffer).wait()
     if refusal is not None:
         raise refusal

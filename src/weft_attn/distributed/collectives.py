@@ -38,6 +38,15 @@ class Ranks:
     rank: int
     world_size: int
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        """The same: a copy of what holds it, as of a model, is on the same ranks."""
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is None:
+            return Ranks, (None, self.rank, self.world_size)
+        raise TypeError("a process group belongs to its process and cannot be pickled: make a ContextParallel in each process")
+
     @classmethod
     def of(cls, group: Any = None) -> Ranks:
         """Args: group: a process group, a device mesh of one dimension, or None: the default group, if there is one.

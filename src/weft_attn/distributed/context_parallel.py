@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -17,7 +17,7 @@ from weft_attn.distributed.gathered import Call, gathered_attention
 from weft_attn.distributed.groups import Groups, head_groups, head_times
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.distributed.shard import ShardedBatch, next_tokens, shard_rows, sharded_batch, unshard_rows
-from weft_attn.errors import WeftError, require
+from weft_attn.errors import InvalidInput, WeftError, require
 from weft_attn.plan import build
 from weft_attn.plan.layouts import layout_named
 from weft_attn.plan.slices import Plan
@@ -78,7 +78,7 @@ class ContextParallel:
     ) -> None:
         layout_named(layout)
         if max_gather_bytes is not None:
-            max_gather_bytes = build.host_integer(max_gather_bytes, "max_gather_bytes", 1)
+            max_gather_bytes = build.host_integer(max_gather_bytes, "max_gather_bytes", 1, error=InvalidInput)
         require(
             grad_reduce_dtype in checks.DTYPES,
             "grad_reduce_dtype is fp16, bf16 or fp32",
@@ -100,7 +100,11 @@ class ContextParallel:
     def world_size(self) -> int:
         return self._ranks.world_size
 
+    def __repr__(self) -> str:
+        return f"ContextParallel(rank {self.rank} of {self.world_size}, layout={self.layout!r})"
+
     # ---- rows ---------------------------------------------------------------------------------------------------------
+    # Outside of compiled graphs, as `attention` is: index maps are built on the host, once a batch.
 
     @overload
     def shard(self, cu_seqlens: Any, x: torch.Tensor) -> torch.Tensor: ...
@@ -108,6 +112,7 @@ class ContextParallel:
     @overload
     def shard(self, cu_seqlens: Any, x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shard(self, cu_seqlens: Any, x: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """The rows of a whole batch's tensor that this rank owns, in its packed order: document by document.
 
@@ -126,6 +131,7 @@ class ContextParallel:
             return {name: shard_rows(batch, _of_rows(value, name, batch.total)) for name, value in x.items()}
         return shard_rows(batch, _of_rows(x, "x", batch.total))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def unshard(self, cu_seqlens: Any, local: torch.Tensor) -> torch.Tensor:
         """The inverse of `shard` over the group: all ranks' rows, in the batch's own order, on every rank; collective.
 
@@ -159,15 +165,17 @@ class ContextParallel:
         )
         return local if self.world_size == 1 else unshard_rows(batch, local, self._ranks, self.grad_reduce_dtype)
 
-    def position_ids(self, cu_seqlens: Any, *, device: torch.device | str | None = None) -> torch.Tensor:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def position_ids(self, cu_seqlens: Any, *, device: torch.device | str | int | None = None) -> torch.Tensor:
         """(T_local,) int64: the place of each of this rank's rows inside its document.
 
         Args:
             cu_seqlens: as in `shard`.
             device: where the result lies; None: the CPU.
         """
-        return self._batch(cu_seqlens).on(torch.device(device or "cpu"), "positions").clone()
+        return self._batch(cu_seqlens).on(torch.device("cpu" if device is None else device), "positions").clone()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def shift_labels(self, cu_seqlens: Any, ids: torch.Tensor) -> torch.Tensor:
         """Next-token labels of this rank's rows, shifted in the whole batch, before it is cut.
 
@@ -334,28 +342,24 @@ class ContextParallel:
             given=(heads, kv_heads),
         )
         require(dtype in checks.DTYPES, "dtype is fp16, bf16 or fp32", expected=checks.DTYPES, given=dtype)
-        head_dim = build.host_integer(head_dim, "head_dim", 8, checks.MAX_HEAD_DIM)
-        head_dim_v = head_dim if head_dim_v is None else build.host_integer(head_dim_v, "head_dim_v", 8, checks.MAX_HEAD_DIM)
+        dims = {"head_dim": head_dim, "head_dim_v": head_dim if head_dim_v is None else head_dim_v}
+        head_dim, head_dim_v = (checks.head_dim(build.host_integer(dim, name, 0), name) for name, dim in dims.items())
         return self._memory(self._batch(cu_seqlens), kv_heads, head_dim, head_dim_v, dtype, self.keep_gathered)
 
     # ---- a batch that models attend under -----------------------------------------------------------------------------
 
-    @contextmanager
-    def batch(self, cu_seqlens: Any) -> Iterator[ActiveBatch]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def batch(self, cu_seqlens: Any) -> AbstractContextManager[ActiveBatch]:
         """Inside, models whose attention is Weft's attend under this batch; `current_batch()` says which.
 
-        Run the backward inside too where activations are recomputed in it (checkpointing).
+        The block holds for the whole process, not for a thread. Run the backward inside too where activations are recomputed in
+        it (checkpointing).
 
         Raises:
             InvalidInput, InvalidPlan: (both ValueError) bad cu_seqlens.
         """
-        self._batch(cu_seqlens)
-        active = ActiveBatch(self, cu_seqlens)
-        _active.append(active)
-        try:
-            yield active
-        finally:
-            _active.remove(active)
+        # A copy: what the caller does to a tensor of his inside the block changes no batch.
+        return _attended_under(ActiveBatch(self, self._batch(cu_seqlens).layout.cu_seqlens))
 
     # ---- helpers ------------------------------------------------------------------------------------------------------
 
@@ -420,7 +424,7 @@ class ActiveBatch:
 
     Attributes:
         parallel: over which ranks.
-        cu_seqlens: (documents + 1,) of the whole batch, as given.
+        cu_seqlens: (documents + 1,) int64 of the whole batch.
     """
 
     parallel: ContextParallel
@@ -438,6 +442,15 @@ class ActiveBatch:
 
 # Of the process, not of a thread or a context: autograd recomputes checkpointed activations in threads of its own.
 _active: list[ActiveBatch] = []
+
+
+@contextmanager
+def _attended_under(active: ActiveBatch) -> Iterator[ActiveBatch]:
+    _active.append(active)
+    try:
+        yield active
+    finally:
+        _active.remove(active)
 
 
 def current_batch() -> ActiveBatch | None:

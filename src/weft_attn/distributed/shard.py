@@ -74,9 +74,15 @@ class ShardedBatch:
     def on(self, device: torch.device, name: str) -> torch.Tensor:
         """An index map of this batch by its name, as a tensor on a device; copied there once."""
         key = (name, device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.from_numpy(getattr(self, name)).to(device)
-        return self._on_device[key]
+        found = self._on_device.get(key)
+        if found is None:
+            # What is made in inference mode may be differentiated with afterwards.
+            with torch.inference_mode(False):
+                found = torch.from_numpy(getattr(self, name)).to(device)
+            # A tensor of a mode that only traces is of no use outside of it.
+            if type(found) is torch.Tensor:
+                self._on_device[key] = found
+        return found
 
     def plan(self, causal: bool, window: Window) -> Plan:
         """This rank's rows over the gathered keys. One rank alone has the documents as they are, like `varlen_attention`."""
@@ -129,7 +135,8 @@ class _Unshard(torch.autograd.Function):
         ctx.batch, ctx.ranks, ctx.grad_reduce_dtype = batch, ranks, grad_reduce_dtype
         buffer = local.new_empty(ranks.world_size * batch.rank_stride, *local.shape[1:])
         ranks.own_rows(buffer)[: batch.local].copy_(local)
-        ranks.all_gather(buffer).wait()
+        # As bytes: not every backend knows every dtype.
+        ranks.all_gather(buffer.flatten().view(torch.uint8)).wait()
         return buffer.index_select(0, batch.on(local.device, "gathered_rows"))
 
     @staticmethod

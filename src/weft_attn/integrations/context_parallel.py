@@ -15,6 +15,26 @@ from weft_attn.integrations.mask_functions import Asked, host_padding, recognise
 from weft_attn.integrations.plan_mask import Mask, Window
 from weft_attn.integrations.positions import PositionRule
 
+# Kinds of layers, as configs of transformers list them, whose rows meet in attention alone.
+ATTENTION_LAYERS = frozenset(("attention", "full_attention", "sliding_attention", "chunked_attention"))
+LISTS_OF_LAYERS = ("layer_types", "layers_block_type", "block_types")
+
+
+def refuse_layers_that_mix_rows(config: Any) -> None:
+    """Refuse a model that has layers beside attention that read neighbouring rows, such as convolutions or linear attention.
+
+    A rank's rows are not neighbours in their documents, so such a layer would compute something else without a word.
+
+    Raises:
+        Unsupported: naming the kinds of layers.
+    """
+    kinds = {kind for name in LISTS_OF_LAYERS for kind in getattr(config, name, None) or ()} - ATTENTION_LAYERS
+    if kinds:
+        raise Unsupported(
+            "all layers of a model inside a context-parallel batch meet other rows in attention alone: "
+            f"expected {', '.join(sorted(ATTENTION_LAYERS))}, given {', '.join(sorted(kinds))}"
+        )
+
 
 def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
     """The band that a model asks for inside a batch; anything else that it asks for is refused.

@@ -58,7 +58,7 @@ class CachePlace:
                 given=None,
             )
             held = np.full(batch, pages.shape[1] * page_size)
-        elif isinstance(seqlens, int):
+        elif isinstance(seqlens, int | np.integer):
             held = np.full(batch, build.host_integer(seqlens, "cache_seqlens", 0))
         else:
             held = _per_sequence(seqlens, "cache_seqlens", batch)

@@ -202,6 +202,7 @@ def attention_forward(
         if attention_mask.mask.positions is not None and not flash.given:
             attention_mask.mask.positions.look(position_ids, sizes[0])
     if batch is not None:
+        context_parallel.refuse_layers_that_mix_rows(getattr(module, "config", None))
         # In training nobody reads the cache that a model fills unless told not to.
         if use_cache and not getattr(module, "training", False):
             raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")

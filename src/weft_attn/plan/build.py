@@ -8,14 +8,14 @@ arithmetic: no loop over documents.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from weft_attn.errors import InvalidPlan, require
+from weft_attn.errors import InvalidPlan, WeftError, require
 from weft_attn.plan.layouts import Layout, layout_named
 
 IntArray = NDArray[np.int64]
@@ -69,21 +69,21 @@ def host_cu_seqlens(values: Any, name: str = "cu_seqlens") -> IntArray:
     return array
 
 
-def host_integer(value: Any, name: str, low: int, high: int | None = None) -> int:
+def host_integer(value: Any, name: str, low: int, high: int | None = None, *, error: type[WeftError] = InvalidPlan) -> int:
     """A checked Python integer in [low, high]."""
     bound = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool | np.bool_):
-        raise InvalidPlan(f"{name} is an integer: expected an int {bound}, given {value!r}")
+        raise error(f"{name} is an integer: expected an int {bound}, given {value!r}")
     try:
         number = operator.index(value)
     except TypeError:
-        raise InvalidPlan(f"{name} is an integer: expected an int {bound}, given {value!r}") from None
+        raise error(f"{name} is an integer: expected an int {bound}, given {value!r}") from None
     require(
         number >= low and (high is None or number <= high),
         f"{name} is in range",
         expected=bound,
         given=number,
-        error=InvalidPlan,
+        error=error,
     )
     return number
 
@@ -158,6 +158,13 @@ def from_groups(groups: Any, cu_seqlens_k: Any, causal: Any, window: Any) -> Bui
     cu_k = host_cu_seqlens(cu_seqlens_k, "cu_seqlens_k")
     documents = len(cu_k) - 1
     tables, total_q = [np.zeros((0, 6), np.int64)], 0
+    require(
+        isinstance(groups, Iterable),
+        "groups are a sequence",
+        expected="(cu_seqlens_q, kv_lens) of each",
+        given=type(groups).__name__,
+        error=InvalidPlan,
+    )
     for index, group in enumerate(groups):
         require(
             isinstance(group, tuple | list) and len(group) == 2,

@@ -146,6 +146,11 @@ def _as_index(value: Any, name: str) -> int:
         raise InvalidPlan(f"{name} is an integer: expected an int, given {value!r}") from None
 
 
+def _restore(table: NDArray[np.int32], total_q: int, total_k: int) -> Plan:
+    """A pickled plan."""
+    return Plan._from_table(table.astype(np.int64), total_q, total_k)
+
+
 # By the address of its table: how an operator, which is passed the table, finds the plan and its cached device tables again.
 live_plans: weakref.WeakValueDictionary[int, Plan] = weakref.WeakValueDictionary()
 
@@ -177,6 +182,13 @@ class Plan:
 
     def __init__(self, slices: Iterable[Slice], total_q: int, total_k: int) -> None:
         rows: list[tuple[int, ...]] = []
+        require(
+            isinstance(slices, Iterable),
+            "slices are a sequence",
+            expected="any number of weft_attn.Slice",
+            given=type(slices).__name__,
+            error=InvalidPlan,
+        )
         for index, item in enumerate(slices):
             require(
                 isinstance(item, Slice),
@@ -236,6 +248,17 @@ class Plan:
         # Filled by ops/recipes.py: what a pass over this plan launches, by how its tensors lie in memory.
         self._recipes: dict[Any, Any] = {}
         live_plans[self.table.data_ptr()] = self
+
+    def __copy__(self) -> Plan:
+        """The same plan: it is immutable, and what is kept with it serves every holder."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self
+
+    def __reduce__(self) -> Any:
+        # What a plan says; what is kept with it belongs to this process.
+        return _restore, (self.table.numpy(), self.total_q, self.total_k)
 
     # ---- builders -----------------------------------------------------------------------------------------------------
 
@@ -453,7 +476,12 @@ class Plan:
             return NotImplemented
         return (self.total_q, self.total_k) == (other.total_q, other.total_k) and torch.equal(self.table, other.table)
 
-    __hash__ = object.__hash__
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.total_q, self.total_k, self.table.numpy().tobytes()))
 
     def __repr__(self) -> str:
         return f"Plan({len(self.table)} slices, total_q={self.total_q}, total_k={self.total_k}, pairs={self.pairs})"
