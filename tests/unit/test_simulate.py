@@ -340,6 +340,36 @@ def test_documents_that_make_no_sense_are_refused(text: str, tokens: int | None)
         document_lengths(text, tokens)
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens", "words"),
+    [
+        ("20", 10, r"counts documents: expected 1 to 10 .* lengths separated by commas.* lognormal:N\[:SEED\], given 20"),
+        ("0", 10, "counts documents: expected 1 to 10"),
+        ("-2", 10, "counts documents: expected 1 to 10"),
+        ("3,4", 8, "sum to --tokens: expected a sum of 8, given 7 from '3,4'"),
+        ("3,-4,9", 8, "a length counts tokens: expected >= 0, given -4"),
+        ("-4", None, "a length counts tokens: expected >= 0, given -4"),
+        ("0", None, "hold tokens: expected a sum >= 1, given 0"),
+        ("0,0", None, "hold tokens: expected a sum >= 1, given 0"),
+        ("3", 0, "--tokens counts tokens: expected >= 1, given 0"),
+        ("lognormal:0", 10, "every document has a token"),
+        ("lognormal:4:-1", 10, "seed"),
+        ("", None, "lengths separated by commas"),
+    ],
+)
+def test_what_documents_take_is_said_where_something_else_is_given(text: str, tokens: int | None, words: str):
+    with pytest.raises(InvalidInput, match=words):
+        document_lengths(text, tokens)
+
+
+def test_a_document_may_be_empty_and_a_list_may_be_long(tmp_path: Path):
+    assert document_lengths("3,0,4", None) == (3, 0, 4)
+    assert document_lengths(",".join(["7"] * 2000), 14000) == (7,) * 2000
+    (tmp_path / "one.txt").write_text("12")
+    with pytest.raises(InvalidInput, match="expected a sum of 24, given"):
+        document_lengths(str(tmp_path / "one.txt"), 24)
+
+
 def test_negative_lengths_are_refused():
     with pytest.raises(InvalidInput, match="length counts tokens"):
         Workload((3, -1), 2, HOUSE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from weft_attn.plan.build import concat_lengths
 IntArray = NDArray[np.int64]
 
 LOG_NORMAL = "lognormal"
+# What `--documents` takes beside a number of documents, in its errors.
+DOCUMENTS = "lengths separated by commas, a file of lengths, equal:L or lognormal:N[:SEED]"
 # Lengths for each GPU: a group of W ranks gets every document W times as long, so that a GPU's tokens stay the same.
 PACKINGS_PER_GPU = ((8192,), (256, 7392, 544), (4096, 4096), (3104, 3200, 1600, 160, 128))
 LONG_PER_GPU = (32768,)
@@ -84,8 +87,10 @@ def document_lengths(text: str, tokens: int | None) -> tuple[int, ...]:
         tokens: the batch's tokens; None: the sum of the lengths.
 
     Raises:
-        InvalidInput: none of these; lengths that do not sum to `tokens`; no `tokens` where lengths follow from it.
+        InvalidInput: none of these; a negative length, no token in all; lengths that do not sum to `tokens`; no `tokens` where
+            lengths follow from it.
     """
+    require(tokens is None or tokens >= 1, "--tokens counts tokens", expected=">= 1", given=tokens)
     kind, *parameters = text.split(":")
     if kind in (LOG_NORMAL, "equal") and parameters:
         if tokens is None:
@@ -94,29 +99,46 @@ def document_lengths(text: str, tokens: int | None) -> tuple[int, ...]:
         if kind == "equal" and len(numbers) == 1 and numbers[0] >= 1:
             return tuple(equal_lengths(numbers[0], tokens))
         if kind == LOG_NORMAL and len(numbers) <= 2:
-            return tuple(log_normal_lengths(numbers[0], tokens, *(numbers[1:] or [LOG_NORMAL_SEED])))
+            seed = numbers[1] if len(numbers) == 2 else LOG_NORMAL_SEED
+            require(seed >= 0, "a seed is not negative", expected=">= 0", given=seed)
+            return tuple(log_normal_lengths(numbers[0], tokens, seed))
         raise InvalidInput(f"documents are described: expected lognormal:N[:SEED] or equal:L, given {text!r}")
-    if Path(text).is_file():
-        lengths = _integers(Path(text).read_text(encoding="utf-8").replace(",", " ").split(), text)
+    # Unlike Path.is_file, False for a list that is too long to name a file.
+    if os.path.isfile(text):  # noqa: PTH113
+        lengths = _integers(_read(text).replace(",", " ").split(), text)
     else:
         lengths = _integers([part for part in text.split(",") if part.strip()], text)
-        if tokens is not None and len(lengths) == 1 and 1 <= lengths[0] < tokens:
-            return tuple(np.diff(np.arange(lengths[0] + 1) * tokens // lengths[0]).tolist())
-    require(bool(lengths), "there are documents", expected="at least one length", given=repr(text))
+        if tokens is not None and len(lengths) == 1 and lengths[0] != tokens:
+            count = lengths[0]
+            require(
+                1 <= count <= tokens,
+                "one number for --documents counts documents",
+                expected=f"1 to {tokens} of them; or {DOCUMENTS}",
+                given=count,
+            )
+            return tuple(np.diff(np.arange(count + 1) * tokens // count).tolist())
+    require(bool(lengths), "--documents describes documents", expected=f"a number of them, {DOCUMENTS}", given=repr(text))
+    require(min(lengths) >= 0, "a length counts tokens", expected=">= 0", given=min(lengths))
+    total = sum(lengths)
+    require(total >= 1, "the documents hold tokens", expected="a sum >= 1", given=total)
     require(
-        tokens is None or sum(lengths) == tokens,
-        "the documents' lengths sum to the tokens",
+        tokens is None or total == tokens,
+        "the lengths of --documents sum to --tokens",
         expected=f"a sum of {tokens}",
-        given=sum(lengths),
+        given=f"{total} from {text!r}" if len(lengths) <= 8 else f"{total} from {len(lengths)} lengths",
     )
     return tuple(lengths)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"a file of lengths can be read: expected text at {path}, given {error}") from error
 
 
 def _integers(parts: Sequence[str], text: str) -> list[int]:
     try:
         return [int(part) for part in parts]
     except ValueError:
-        raise InvalidInput(
-            "documents are described: expected lognormal:N[:SEED], equal:L, lengths separated by commas, or a file of lengths, "
-            f"given {text!r}"
-        ) from None
+        raise InvalidInput(f"--documents describes documents: expected a number of them, {DOCUMENTS}, given {text!r}") from None
