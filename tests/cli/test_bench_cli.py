@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import weft_attn as weft
-from weft_attn.bench import ablation, one_kernel, records, tune
+from weft_attn.bench import ablation, one_kernel, records, run, tune
 from weft_attn.cli.ablate import ablate as ablate_command
 from weft_attn.cli.bench import bench as bench_command
 from weft_attn.cli.tune import tune as tune_command
@@ -115,14 +115,29 @@ def test_unchecked_runs_say_so():
         (("bench", "square", "--device", "cpu", "--pass", "sideways"), InvalidInput),
         (("bench", "square", "--device", "cpu", "--peers", "fastest"), InvalidInput),
         (("bench", "square", "--device", "cpu", "--rounds", "0"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--heads", "0"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--kv-heads", "0"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--head-dim", "0"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--dtype", ""), InvalidInput),
+        (("bench", "zigzag", "--device", "cpu", "--quick", "--world", "0"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--quick", "--world", "0"), InvalidInput),
+        (("bench", "plan", "--quick", "--world", "0"), InvalidInput),
         (("ablate", "--device", "cpu", "--techniques", "magic"), InvalidInput),
+        (("ablate", "--device", "cpu", "--techniques", ""), InvalidInput),
+        (("ablate", "--device", "cpu", "--quick", "--seqlen", "0"), InvalidInput),
         (("ablate", "--device", "cpu", "--quick"), Unsupported),
         (("tune", "--device", "cpu", "--quick"), Unsupported),
         (("tune", "--device", "cpu", "--kernel", "delta"), InvalidInput),
+        (("tune", "--device", "cpu", "--head-dim", "0"), InvalidInput),
+        (("tune", "--device", "cpu", "--seqlen", "0"), InvalidInput),
     ],
     ids=words,
 )
-def test_bad_requests_are_refused_before_anything_runs(arguments: tuple[str, ...], error: type[Exception]):
+def test_bad_requests_are_refused_before_anything_runs(
+    arguments: tuple[str, ...], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+):
+    for work in ("run_case", "run_plan_suite"):
+        monkeypatch.setattr(run, work, lambda *args, **kwargs: pytest.fail("ran"))
     assert isinstance(weft_command(*arguments).exception, error)
 
 

@@ -75,7 +75,16 @@ def test_a_run_without_torchrun_says_how_to_start_one(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--peers", "spiral"), ("--dtype", "int8"), ("--rounds", "0"), ("--groups", "0"), ("--device", "cuda:1")]
+    "arguments",
+    [
+        ("--peers", "spiral"),
+        ("--dtype", "int8"),
+        ("--dtype", ""),
+        ("--heads", "0"),
+        ("--rounds", "0"),
+        ("--groups", "0"),
+        ("--device", "cuda:1"),
+    ],
 )
 def test_bad_requests_are_refused_before_a_group_is_made(arguments: tuple[str, ...]):
     assert isinstance(command(bench_cp, "--device", "cpu", *arguments).exception, InvalidInput)
@@ -125,6 +134,12 @@ def test_tokens_alone_are_one_document_and_nothing_at_all_is_refused(tmp_path: P
     [
         (("--tokens", "64", "--layout", "snake"), InvalidInput),
         (("--tokens", "64", "--documents", "3,4"), InvalidInput),
+        (("--tokens", "64", "--documents", ""), InvalidInput),
+        (("--tokens", "0"), InvalidInput),
+        (("--tokens", "64", "--heads", "0"), InvalidInput),
+        (("--tokens", "64", "--kv-heads", "0"), InvalidInput),
+        (("--tokens", "64", "--head-dim", "0"), InvalidInput),
+        (("--tokens", "64", "--dtype", ""), InvalidInput),
         (("--tokens", "64", "--world", "x"), InvalidInput),
         (("--tokens", "64", "--head-dim", "64"), Unsupported),
         (("--tokens", "64", "--world", "12", "--link-gbps", "50"), Unsupported),

@@ -98,9 +98,10 @@ def test_in_the_interpreter_it_says_so(weft: Callable[..., subprocess.CompletedP
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "--arch", "sm_99")
-    assert "sm_99" in message
-    assert all(arch in message for arch in TARGETS)
+    for arch in ("sm_99", ""):
+        message = refused(capsys, "--arch", arch)
+        assert repr(arch) in message
+        assert all(known in message for known in TARGETS)
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,27 @@ def test_rank_all_is_every_rank():
         {"suite": "zigzag", "rank": "some"},
         {"suite": "decode", "passes": ("backward",)},
         {"suite": "square", "seqlen": 0},
+        {"suite": "zigzag", "world": 0},
+        {"suite": "square", "world": 0},
     ],
 )
 def test_what_a_suite_does_not_have_is_refused(asked: dict):
     with pytest.raises(InvalidInput, match="expected"):
         cases.suite_cases(sizes=cases.QUICK, model=SMALL, **asked)
+
+
+@pytest.mark.parametrize("option", ["heads", "kv_heads", "head_dim", "dtype_name"])
+def test_an_option_of_0_or_nothing_is_refused_and_not_taken_for_none(option: str):
+    asked = dict.fromkeys(("heads", "kv_heads", "head_dim", "dtype_name"))
+    assert cases.chosen_model(quick=True, **asked) == cases.QUICK_MODEL
+    with pytest.raises(InvalidInput, match="expected"):
+        cases.chosen_model(quick=True, **{**asked, option: "" if option == "dtype_name" else 0})
+
+
+def test_a_model_has_a_head_dim_that_attention_takes():
+    for wrong in (-8, 0, 4, 100, 264):
+        with pytest.raises(InvalidInput, match="multiple of 8"):
+            cases.Model(head_dim=wrong)
 
 
 @pytest.mark.parametrize("rank", range(3))

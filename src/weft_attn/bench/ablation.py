@@ -7,11 +7,21 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from weft_attn.bench.cases import Case, Model, Sizes, chosen_device, decode_case, make_tensors, square_cases, zigzag_case
+from weft_attn.bench.cases import (
+    Case,
+    Model,
+    Sizes,
+    chosen_device,
+    chosen_tokens,
+    decode_case,
+    make_tensors,
+    square_cases,
+    zigzag_case,
+)
 from weft_attn.bench.one_kernel import Check, KernelRuns, base_choice, kernels_of, measure_configs, needs_kernels
 from weft_attn.bench.records import Environment, Record, environment_of
 from weft_attn.bench.timing import Notify, Pace, silent
-from weft_attn.errors import InvalidInput
+from weft_attn.errors import InvalidInput, require
 from weft_attn.launch.config import ForwardConfig, StreamConfig
 
 CHOSEN = "as chosen"
@@ -86,12 +96,13 @@ def chosen_techniques(names: Sequence[str] | None) -> tuple[Technique, ...]:
     """Techniques by name, all for None.
 
     Raises:
-        InvalidInput: an unknown name.
+        InvalidInput: an unknown name, or none at all.
     """
     known = {technique.name: technique for technique in TECHNIQUES}
     for name in names or ():
         if name not in known:
             raise InvalidInput(f"the technique is known: expected one of {sorted(known)}, given {name!r}")
+    require(names is None or bool(names), "a technique is named", expected=f"one or more of {sorted(known)}", given="none")
     return TECHNIQUES if names is None else tuple(known[name] for name in names)
 
 
@@ -99,9 +110,9 @@ def ablation_cases(model: Model, sizes: Sizes, seqlen: int | None = None) -> lis
     """Where techniques are tried: a causal square, one rank's zigzag, one decoding row."""
     tokens, ranks = sizes.zigzag[0]
     return [
-        square_cases(model, seqlen or sizes.square)[0],
-        zigzag_case(model, seqlen or tokens, ranks[0], sizes.world),
-        decode_case(model, 1, seqlen or sizes.decode_keys),
+        square_cases(model, chosen_tokens(seqlen, sizes.square))[0],
+        zigzag_case(model, chosen_tokens(seqlen, tokens), ranks[0], sizes.world),
+        decode_case(model, 1, chosen_tokens(seqlen, sizes.decode_keys)),
     ]
 
 
@@ -118,11 +129,12 @@ class Request:
 
 
 def run_ablation(request: Request, notify: Notify = silent) -> Iterator[list[Record]]:
-    """The records of one case after the other."""
+    """The records of one case after the other. What is asked for is checked before anything runs."""
+    cases = ablation_cases(request.model, request.sizes, request.seqlen)
     device = chosen_device(request.device_name)
     needs_kernels(device)
     environment = environment_of(device)
-    for case in ablation_cases(request.model, request.sizes, request.seqlen):
+    for case in cases:
         yield ablate_case(case, request.techniques, device, request.pace, environment, notify=notify)
 
 

@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from weft_attn import checks
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.build import concat_lengths
 from weft_attn.plan.cost import backward_flops, forward_flops, kv_bytes
@@ -48,6 +50,7 @@ class Model:
             expected="Hq % Hkv == 0, both at least 1",
             given=f"Hq={self.heads}, Hkv={self.kv_heads}",
         )
+        checks.head_dim(self.head_dim, "the head dim")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,7 +74,8 @@ def chosen_model(
 ) -> Model:
     """The house's model, or a small one, with what was asked for in place of its own."""
     own = QUICK_MODEL if quick else HOUSE_MODEL
-    return Model(heads or own.heads, kv_heads or own.kv_heads, head_dim or own.head_dim, dtype_name or own.dtype_name)
+    asked: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype_name": dtype_name}
+    return replace(own, **{name: value for name, value in asked.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -232,17 +236,19 @@ def suite_cases(
         deterministic: ask every peer for bitwise repeatable gradients.
 
     Raises:
-        InvalidInput: an unknown suite, rank or pass, or a pass that the suite does not have.
+        InvalidInput: an unknown suite, rank or pass, a pass that the suite does not have, or no tokens or ranks.
     """
-    require(seqlen is None or seqlen >= 1, "seqlen counts tokens", expected=">= 1", given=seqlen)
+    ranks = chosen_world(world, sizes)
     if suite == "square":
-        found = square_cases(model, seqlen or sizes.square)
+        found = square_cases(model, chosen_tokens(seqlen, sizes.square))
     elif suite == "zigzag":
-        found = _zigzag_suite(model, sizes, seqlen, world or sizes.world, rank)
+        work = [(chosen_tokens(seqlen, tokens), own_ranks) for tokens, own_ranks in sizes.zigzag]
+        found = _zigzag_suite(model, work if seqlen is None else work[:1], ranks, rank)
     elif suite == "decode":
-        found = [decode_case(model, rows, seqlen or sizes.decode_keys) for rows in sizes.decode_rows]
+        keys = chosen_tokens(seqlen, sizes.decode_keys)
+        found = [decode_case(model, rows, keys) for rows in sizes.decode_rows]
     elif suite == "packed":
-        tokens = seqlen or sizes.packed
+        tokens = chosen_tokens(seqlen, sizes.packed)
         documents = max(2, round(sizes.documents * tokens / sizes.packed))
         found = [
             packed_case(model, f"{documents} log-normal documents", log_normal_lengths(documents, tokens)),
@@ -251,6 +257,18 @@ def suite_cases(
     else:
         raise InvalidInput(f"the suite is known: expected one of {SUITES}, given {suite!r}")
     return [replace(case, passes=_chosen_passes(case, passes), deterministic=deterministic) for case in found]
+
+
+def chosen_tokens(seqlen: int | None, own: int) -> int:
+    """The tokens that were asked for, or a suite's own."""
+    require(seqlen is None or seqlen >= 1, "seqlen counts tokens", expected=">= 1", given=seqlen)
+    return own if seqlen is None else seqlen
+
+
+def chosen_world(world: int | None, sizes: Sizes) -> int:
+    """The ranks that were asked for, or the sizes' own."""
+    require(world is None or world >= 1, "world counts ranks", expected=">= 1", given=world)
+    return sizes.world if world is None else world
 
 
 def square_cases(model: Model, seqlen: int) -> list[Case]:
@@ -313,11 +331,9 @@ def _dense_case(suite: str, name: str, model: Model, batch: DenseBatch, *, causa
     return Case(suite=suite, name=name, plan=plan, layout=batch, model=model, causal=causal)
 
 
-def _zigzag_suite(model: Model, sizes: Sizes, seqlen: int | None, world: int, rank: int | str | None) -> list[Case]:
-    require(world >= 1, "world counts ranks", expected=">= 1", given=world)
+def _zigzag_suite(model: Model, work: Sequence[tuple[int, tuple[int, ...]]], world: int, rank: int | str | None) -> list[Case]:
     require(rank in (None, "all") or str(rank).isdecimal(), "rank is a rank", expected='an integer or "all"', given=repr(rank))
     chosen = None if rank is None else tuple(range(world)) if rank == "all" else (int(rank),)
-    work = sizes.zigzag if seqlen is None else ((seqlen, sizes.zigzag[0][1]),)
     return [
         zigzag_case(model, tokens, one, world)
         for tokens, ranks in work

@@ -16,6 +16,7 @@ from weft_attn.bench.cases import (
     Sizes,
     Tensors,
     chosen_device,
+    chosen_world,
     log_normal_lengths,
     make_tensors,
     suite_cases,
@@ -71,13 +72,14 @@ def run_suites(request: Request, notify: Notify = silent) -> Iterator[list[Recor
     """The records of one case after the other. What is asked for is checked before anything runs."""
     for suite in request.suites:
         require(suite in SUITES, "the suite is known", expected=f"one of {SUITES}", given=repr(suite))
+    world = chosen_world(request.world, request.sizes)
     cases = {
         suite: suite_cases(
             suite,
             request.sizes,
             request.model,
             seqlen=request.seqlen,
-            world=request.world,
+            world=world,
             rank=request.rank,
             passes=request.passes,
             deterministic=request.deterministic,
@@ -90,7 +92,7 @@ def run_suites(request: Request, notify: Notify = silent) -> Iterator[list[Recor
     for suite in request.suites:
         if suite == "plan":
             notify("building plans")
-            yield run_plan_suite(request.sizes, request.world or request.sizes.world, request.pace, environment)
+            yield run_plan_suite(request.sizes, world, request.pace, environment)
         for case in cases.get(suite, ()):
             yield run_case(case, request.peers, device, request.pace, environment, check=request.check, notify=notify)
 

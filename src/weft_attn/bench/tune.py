@@ -22,6 +22,7 @@ from weft_attn.bench.cases import (
     Model,
     Sizes,
     chosen_device,
+    chosen_tokens,
     decode_case,
     make_tensors,
     packed_case,
@@ -162,7 +163,7 @@ def searches(
 ) -> list[Search]:
     """A search for each kernel (None: all that `few_rows` leaves) and head dim; `seqlen` defaults to the suites' own."""
     chosen = kernels or ((FORWARD,) if few_rows != MANY_ROWS else KERNELS)
-    tokens = seqlen or (sizes.decode_keys if few_rows != MANY_ROWS else sizes.square)
+    tokens = chosen_tokens(seqlen, sizes.decode_keys if few_rows != MANY_ROWS else sizes.square)
     models = [replace(model, head_dim=head_dim) for head_dim in head_dims or (model.head_dim,)]
     return [Search(kernel, one, tokens, few_rows) for kernel in chosen for one in models]
 

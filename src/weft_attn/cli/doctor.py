@@ -39,7 +39,7 @@ def doctor(
     q, k, v = (torch.empty(shape, dtype=getattr(torch, DTYPES[dtype]), device="meta") for shape in shapes)
     checks.qkv(q, k, v, packed=True)
     plan = Plan.dense(1, rows, keys, causal=causal)
-    asked = target(arch) if arch else None
+    asked = None if arch is None else target(arch)
 
     console = Console()
     machine, interpreted = inspect_machine(), ops.kernels_interpreted()

@@ -46,7 +46,7 @@ def simulate(
         if check is None:
             raise typer.BadParameter("--tokens, --documents or --check says what to predict")
         return
-    lengths = workload.document_lengths(documents or str(tokens), tokens)
+    lengths = workload.document_lengths(str(tokens) if documents is None else documents, tokens)
     model = cases.chosen_model(quick=False, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype_name=dtype)
     predictions = [
         simulation.predict(
