@@ -95,6 +95,12 @@ def test_variants_cover_kernels_dtypes_features_and_ragged_heads() -> None:
     assert {v.head_dim for v in variants(["sm_80"], head_dim=72)} == {72}
 
 
+@pytest.mark.parametrize(("arch", "dim", "runs"), [("sm_90", 128, True), ("sm_90", 80, False), ("sm_80", 128, False)])
+def test_the_end_of_a_fused_backward_is_compiled_where_there_is_one(arch: str, dim: int, runs: bool) -> None:
+    kernels = {variant.kernel for variant in variants([arch], head_dim=dim, quick=True)}
+    assert ("finish_dq" in kernels) is ("hopper_backward" in kernels) is runs
+
+
 def test_only_what_the_target_holds_is_compiled() -> None:
     from weft_attn.launch.resources import shortfall
 

@@ -37,7 +37,7 @@ from weft_attn.launch.config import (
 )
 from weft_attn.launch.device import Device, target
 from weft_attn.launch.resources import Shape, padded, shared_memory, shortfall
-from weft_attn.launch.select import MANY_ROWS, Problem, is_served, select, tables, tma_usable
+from weft_attn.launch.select import FUSED_KERNEL, MANY_ROWS, Problem, is_served, select, tables, tma_usable
 
 DTYPES = {16: (torch.bfloat16, torch.float16), 32: (torch.float32,)}
 # A call's shape where only strides and dtypes matter: Llama 3 8B.
@@ -187,6 +187,9 @@ def _dims_of(config: LaunchConfig, widest: int, dtype_bits: int, device: Device)
 def _quick_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
     dim = QUICK_HEAD_DIM if head_dim is None else head_dim
     served = [kernel for kernel in CONFIGS if is_served(kernel, Problem(dim, dim, 16), device)]
+    if FUSED_KERNEL not in served:
+        # What ends a fused backward runs after one only.
+        served = [kernel for kernel in served if kernel != FinishDqConfig.kernel]
     wanted = [(kernel, dim, MANY_ROWS) for kernel in served] + [("forward", dim, HEADS // KV_HEADS)]
     if head_dim is None:
         wanted.append(("forward", QUICK_RAGGED, MANY_ROWS))
