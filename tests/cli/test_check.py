@@ -100,12 +100,16 @@ def test_a_wrong_plan_makes_the_check_fail(
         (("--documents", "no-such-file"), "no-such-file"),
         (("--ranks", "0"), "ranks are counted"),
         (("--tokens", "0"), "tokens are counted"),
+        (("--picture", "out.foo"), ".png"),
+        (("--picture", "missing.txt/out"), ".png"),
+        (("--picture", "."), "no folder"),
     ],
 )
-def test_bad_requests_exit_with_2(
+def test_bad_requests_exit_with_2_before_anything_runs(
     arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "choose_device", lambda name: CPU)
+    monkeypatch.setattr(report, "project", lambda *args: pytest.fail("ran"))
     with pytest.raises(SystemExit) as end:
         main(["check", *arguments])
     assert end.value.code == 2

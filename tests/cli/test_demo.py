@@ -83,6 +83,10 @@ def test_the_verdict_is_the_exit_code(passed: bool, code: int, monkeypatch: pyte
         (("--tokens", "1"), "tokens predict the next"),
         (("--steps", "0"), "steps are counted"),
         (("--device", "abacus"), "cpu or cuda"),
+        (("--picture", "out.foo"), ".png"),
+        (("--picture", "out"), ".png"),
+        (("--picture", "."), "no folder"),
+        (("--picture", "/dev/null/out.png"), "/dev/null"),
     ],
 )
 def test_bad_requests_exit_with_2_before_any_process_starts(
@@ -92,7 +96,17 @@ def test_bad_requests_exit_with_2_before_any_process_starts(
     with pytest.raises(SystemExit) as end:
         main(["demo", *arguments])
     assert end.value.code == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_rank_that_draws_nothing_needs_no_place_for_the_picture(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    elsewhere = Options(device="cpu", steps=1, tokens=64, picture=tmp_path / "file" / "out.png")
+    assert Setup.of(elsewhere, draws=False).picture == elsewhere.picture
+    with pytest.raises(InvalidInput, match="an existing folder"):
+        Setup.of(elsewhere)
 
 
 def test_one_gpu_does_not_hold_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

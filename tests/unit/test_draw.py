@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.path import Path as Outline
 from numpy.typing import NDArray
 
-from weft_attn.errors import Unsupported
+from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.plan import Plan, Slice
-from weft_attn.plan.draw import EXACT_ROWS, Header, Panel, Span, documents_of, draw_plans, outline
+from weft_attn.plan.draw import EXACT_ROWS, Header, Panel, Span, documents_of, draw_plans, outline, require_picture
 
 bounds = st.none() | st.integers(-30, 30)
 slices = st.builds(Slice, st.integers(0, 5), st.integers(1, 24), st.integers(0, 5), st.integers(1, 24), bounds, bounds)
@@ -116,6 +116,24 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(Unsupported, match=r"weft-attn\[draw\]"):
         Plan.dense(1, 4, 4).draw(tmp_path / "plan.png")
+
+
+@pytest.mark.parametrize("name", ["plan", "plan.foo", ".png", "plan.png.", "plan.txt"])
+def test_a_suffix_that_is_no_format_is_refused_and_nothing_is_made(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"expected one of .*\.pdf.*\.png.*, given"):
+        Plan.dense(1, 4, 4).draw(tmp_path / "new" / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["plan.png", "plan.PDF", "plan.svg", "plan.jpg"])
+def test_formats_are_written(name: str, tmp_path: Path) -> None:
+    assert Plan.dense(1, 4, 4).draw(tmp_path / name).stat().st_size > 0
+
+
+def test_latex_pictures_need_latex(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InvalidInput, match="expected one of"):
+        require_picture(tmp_path / "plan.pgf")
 
 
 def test_a_header_gets_room_of_its_own_above_the_plans(tmp_path: Path) -> None:

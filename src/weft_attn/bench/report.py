@@ -13,6 +13,7 @@ from rich.text import Text
 
 from weft_attn.bench.records import ABSENT, RED, UNCHECKED, Record, write_json
 from weft_attn.bench.timing import Notify
+from weft_attn.outputs import require_writable
 from weft_attn.testing.compare import Budget
 
 R = TypeVar("R", bound=Record)
@@ -32,7 +33,12 @@ def show(
         run: told where to say what it is doing, yields records.
         out: JSON file of all records so far, written anew after each batch; None: no file.
         figures: the table of a batch of records; None: that of one device's.
+
+    Raises:
+        InvalidInput: `out` could not be written, before anything runs; what `run` raises.
     """
+    if out is not None:
+        require_writable(out)
     console = Console()
     if not console.is_terminal:
         # A file or a pipe has no width to fold tables to.

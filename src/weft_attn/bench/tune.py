@@ -41,11 +41,12 @@ from weft_attn.bench.one_kernel import (
 )
 from weft_attn.bench.records import Environment, Record, environment_of
 from weft_attn.bench.timing import Notify, Pace, silent
-from weft_attn.errors import InvalidInput, require
+from weft_attn.errors import InvalidInput, WeftError, require
 from weft_attn.launch.config import CONFIGS, LaunchConfig, StreamConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import shortfall
 from weft_attn.launch.select import MANY_ROWS, Problem, Row, Table, parse_table, tma_usable
+from weft_attn.outputs import require_writable
 
 MIB = 2**20
 KERNELS = (FORWARD, DKDV, DQ)
@@ -169,9 +170,17 @@ def searches(
 
 
 def run_searches(request: Request, notify: Notify = silent) -> Iterator[list[Record]]:
-    """The records of one search after the other, each written to the table before the next begins."""
+    """The records of one search after the other, each written to the table before the next begins.
+
+    Raises:
+        InvalidInput: a table that could not be written, or that is another device's, before anything runs.
+    """
+    if request.write is not None:
+        require_writable(request.write)
     device = chosen_device(request.device_name)
     needs_kernels(device)
+    if request.write is not None:
+        table_to_write(request.write, device_of(device))
     environment = environment_of(device)
     for search in request.searches:
         tuned = tune(search, device, request.pace, environment, notify=notify)
@@ -270,19 +279,33 @@ def write_rows(path: Path, rows: Sequence[Row], device: Device) -> None:
     """Write rows into a device's table: a new file, or in place of the rows for the same work in the one that is there.
 
     Raises:
-        InvalidInput: the file is the table of another device.
+        InvalidInput: as `table_to_write`.
     """
-    table, heading = Table(path.stem, device.arch, device.name, ()), ""
-    if path.exists():
-        text = path.read_text(encoding="utf-8")
-        table = parse_table(path.stem, text)
-        heading = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
-        if table.arch != device.arch or (table.device is not None and table.device not in device.name):
-            raise InvalidInput(
-                f"the table is this device's: expected {device.name} ({device.arch}), given {table.device} ({table.arch})"
-            )
+    table, heading = table_to_write(path, device)
     kept = {_work(row): row for row in table.rows} | {_work(row): row for row in rows}
     path.write_text(heading + format_table(replace(table, rows=tuple(kept.values()))), encoding="utf-8")
+
+
+def table_to_write(path: Path, device: Device) -> tuple[Table, str]:
+    """A device's table and the comment above it; an empty one where there is no file.
+
+    Raises:
+        InvalidInput: the file holds no table, or that of another device.
+    """
+    if not path.exists():
+        return Table(path.stem, device.arch, device.name, ()), ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = parse_table(path.stem, text)
+    except WeftError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput(f"the file holds a launch table: expected what `weft tune --write` writes, given {path}") from error
+    if table.arch != device.arch or (table.device is not None and table.device not in device.name):
+        raise InvalidInput(
+            f"the table is this device's: expected {device.name} ({device.arch}), given {table.device} ({table.arch})"
+        )
+    return table, "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
 
 
 def _work(row: Row) -> tuple[str, int, int, int]:

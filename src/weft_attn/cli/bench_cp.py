@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from weft_attn.bench import cases, context_parallel, group_report, measured_rates, rates, report, timing
 from weft_attn.bench.records import GroupRecord
 from weft_attn.distributed.process_group import process_group
+from weft_attn.outputs import require_writable
 
 
 def bench_cp(
@@ -48,6 +50,11 @@ def bench_cp(
     )
     records: list[GroupRecord] = []
     own_device = context_parallel.rank_device(device)
+    if os.environ["RANK"] == "0":
+        # The rank that writes, before it holds up the others.
+        for path in (out, write_rates):
+            if path is not None:
+                require_writable(path)
     with process_group(own_device):
 
         def run(notify: timing.Notify) -> context_parallel.Batches:

@@ -12,6 +12,7 @@ import typer
 from weft_attn.bench import cases, group_report, rates, workload
 from weft_attn.bench import simulate as simulation
 from weft_attn.bench.records import GroupRecord, read_json
+from weft_attn.outputs import require_writable
 
 
 def simulate(
@@ -37,6 +38,8 @@ def simulate(
 
     Times are of one attention layer. Nothing is made up: what has no measured or given rate has no time.
     """
+    if out is not None:
+        require_writable(out)
     hardware = simulation.Hardware(rates.packaged_rates() if rates_ is None else rates.read_rates(rates_), link_gbps)
     console = group_report.wide_console()
     if check is not None:

@@ -26,7 +26,7 @@ from weft_attn.demo.documents import Pack, pack_documents
 from weft_attn.demo.panels import names_of, zigzag_panels
 from weft_attn.errors import require
 from weft_attn.plan.cost import backward_flops, forward_flops
-from weft_attn.plan.draw import draw_plans
+from weft_attn.plan.draw import draw_plans, require_picture
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.cases import Case, Inputs
 from weft_attn.testing.compare import Budget, blockwise, budget, truncates
@@ -69,12 +69,13 @@ def run_check(options: Options, console: Console) -> bool:
     """Pack, cut, compute, compare, draw. Returns whether every error is within its bound.
 
     Raises:
-        InvalidInput: an option that is out of range, or documents without a byte.
-        Unsupported: no such device, or no Triton.
+        InvalidInput: an option that is out of range, a picture that could not be written, or documents without a byte.
+        Unsupported: no such device, no Triton, or no matplotlib.
     """
     begin = time.monotonic()
     require(options.world_size >= 1, "ranks are counted", expected=">= 1", given=options.world_size)
     require(options.tokens is None or options.tokens >= 1, "tokens are counted", expected=">= 1", given=options.tokens)
+    require_picture(options.picture)
     device = choose_device(options.device)
     on_gpu = device.type == "cuda"
     sizes = GPU_SIZES if on_gpu else INTERPRETER_SIZES

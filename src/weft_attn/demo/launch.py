@@ -80,14 +80,14 @@ def start_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> li
 
 def train_rank(options: Options) -> bool:
     """What one process of the group does; every rank returns the same verdict."""
-    group_size, local_ranks = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    rank, group_size, local_ranks = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     require(
         options.world_size in (None, group_size),
         "the launcher decides how many ranks there are",
         expected=group_size,
         given=options.world_size,
     )
-    setup = Setup.of(replace(options, world_size=group_size), local_ranks=local_ranks)
+    setup = Setup.of(replace(options, world_size=group_size), local_ranks=local_ranks, draws=rank == 0)
     # Late: the process that only starts the others does without transformers.
     from weft_attn.demo.run import run_group
 

@@ -12,6 +12,7 @@ import torch
 
 from weft_attn.demo.documents import Pack, pack_batches
 from weft_attn.errors import Unsupported, require
+from weft_attn.plan.draw import require_picture
 
 RANKS = 4
 STEPS = 40
@@ -65,15 +66,16 @@ class Setup:
     picture: Path
 
     @classmethod
-    def of(cls, options: Options, *, local_ranks: int | None = None) -> Setup:
+    def of(cls, options: Options, *, local_ranks: int | None = None, draws: bool = True) -> Setup:
         """What `options` come to on this machine.
 
         Args:
             options: the caller's; their world_size is already the group's where there is one.
             local_ranks: processes of the group on this machine; None: all.
+            draws: whether this process draws the picture.
 
         Raises:
-            InvalidInput: an option that is out of range, or documents without enough bytes.
+            InvalidInput: an option that is out of range, a picture that could not be written, or documents without enough bytes.
             Unsupported: no such device, fewer GPUs than ranks, or a package of the extra `demo` is missing.
         """
         given = options.world_size
@@ -89,6 +91,8 @@ class Setup:
             given=f"no {' and no '.join(missing)}",
             error=Unsupported,
         )
+        if draws:
+            require_picture(options.picture)
         gpus = torch.cuda.device_count()
         # Two ranks cannot share a GPU under NCCL.
         on_gpu = options.device == "cuda" or (options.device is None and gpus >= (local_ranks or given or 2))

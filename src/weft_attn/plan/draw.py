@@ -6,6 +6,7 @@ A slice is one polygon however many tokens it spans, so that a plan of 64K token
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weft_attn.errors import Unsupported
+from weft_attn.errors import Unsupported, require
+from weft_attn.outputs import require_writable
 from weft_attn.plan.slices import HI, K_LEN, K_START, LO, Q_LEN, Q_START, Plan, visible_interval
 
 if TYPE_CHECKING:
@@ -102,13 +104,13 @@ def draw_plans(
         The path.
 
     Raises:
-        Unsupported: matplotlib is not installed.
+        Unsupported, InvalidInput: as `require_picture`.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Unsupported("drawing a plan needs matplotlib: expected the extra weft-attn[draw], given none") from None
+    path = Path(path)
+    require_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     shown = [Panel(*panel) for panel in panels]
     heights = [_height(panel.plan) for panel in shown]
     above = 0.7 if any(panel.key_marks for panel in shown) else 0.45
@@ -130,10 +132,34 @@ def draw_plans(
         top -= height + gap
     if documents:
         _draw_legend(figure, documents)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
+
+
+def require_picture(path: Path) -> None:
+    """Refuse a path that no picture could be written to.
+
+    Raises:
+        Unsupported: matplotlib is not installed.
+        InvalidInput: a suffix that is no format, or a place that takes no file.
+    """
+    try:
+        import matplotlib.figure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise Unsupported("drawing a plan needs matplotlib: expected the extra weft-attn[draw], given none") from None
+    require_writable(path, makes_folders=True)
+    formats = set(FigureCanvasAgg.get_supported_filetypes())
+    if shutil.which(matplotlib.rcParams["pgf.texsystem"]) is None:
+        formats.discard("pgf")
+    require(
+        # Without a suffix, matplotlib would choose another name.
+        path.suffix[1:].lower() in formats,
+        "a picture's suffix is its format",
+        expected=f"one of {', '.join(f'.{each}' for each in sorted(formats))}",
+        given=repr(str(path)),
+    )
 
 
 def outline(piece: IntArray) -> NDArray[np.float64]:
