@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 
 from weft_attn.cli.main import main
-from weft_attn.demo import launch
+from weft_attn.demo import launch, options
 from weft_attn.demo.documents import Document, Pack, pack_batches
 from weft_attn.demo.launch import RankFailed, start_ranks
 from weft_attn.demo.options import Options, Setup, Sizes
 from weft_attn.demo.report import Outcome, Step
 from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.plan.layouts import Zigzag
 from weft_attn.testing.ranks import run_ranks
 
 Weft = Callable[..., subprocess.CompletedProcess[str]]
@@ -83,6 +84,7 @@ def test_the_verdict_is_the_exit_code(passed: bool, code: int, monkeypatch: pyte
         (("--tokens", "1"), "tokens predict the next"),
         (("--steps", "0"), "steps are counted"),
         (("--device", "abacus"), "cpu or cuda"),
+        (("--tokens", "2", "--ranks", "4"), "every rank has rows"),
         (("--picture", "out.foo"), ".png"),
         (("--picture", "out"), ".png"),
         (("--picture", "."), "no folder"),
@@ -99,6 +101,18 @@ def test_bad_requests_exit_with_2_before_any_process_starts(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("lengths", "ranks"), [((2,), 4), ((1,) * 40 + (2,), 3), ((0, 4, 1), 5), ((3, 3), 8)])
+def test_every_rank_has_rows_of_every_batch(lengths: tuple[int, ...], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    enough, thin = make_pack((64, 1)), make_pack(lengths)
+    empty = Zigzag.of(thin.cu_seqlens, ranks).rank_tokens.tolist().index(0)
+    asked = Options(device="cpu", steps=2, world_size=ranks)
+    monkeypatch.setattr(options, "pack_batches", lambda *args: [enough, thin])
+    with pytest.raises(InvalidInput, match=rf"batch 2 of {sum(lengths)} tokens, of which rank {empty} of {ranks} has none"):
+        Setup.of(asked)
+    monkeypatch.setattr(options, "pack_batches", lambda *args: [enough, enough])
+    assert Setup.of(asked).world_size == ranks
 
 
 def test_a_rank_that_draws_nothing_needs_no_place_for_the_picture(tmp_path: Path) -> None:

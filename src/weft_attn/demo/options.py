@@ -13,6 +13,7 @@ import torch
 from weft_attn.demo.documents import Pack, pack_batches
 from weft_attn.errors import Unsupported, require
 from weft_attn.plan.draw import require_picture
+from weft_attn.plan.layouts import Zigzag
 
 RANKS = 4
 STEPS = 40
@@ -113,6 +114,15 @@ class Setup:
             expected="a document of at least two bytes in every batch",
             given=batches[0].source,
         )
+        for number, batch in enumerate(batches, start=1):
+            rows = Zigzag.of(batch.cu_seqlens, world_size).rank_tokens
+            # A model of transformers fails on a batch without rows.
+            require(
+                bool(rows.all()),
+                "every rank has rows of every batch",
+                expected="fewer ranks, more tokens or longer documents",
+                given=f"batch {number} of {batch.cu_seqlens[-1]} tokens, of which rank {rows.argmin()} of {world_size} has none",
+            )
         return cls(sizes, batches, world_size, on_gpu, options.picture)
 
     @property
