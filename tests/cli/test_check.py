@@ -116,6 +116,14 @@ def test_bad_requests_exit_with_2_before_anything_runs(
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["abacus", "", "meta"])
+def test_a_device_is_a_cpu_or_a_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["check", "--device", name])
+    assert end.value.code == 2
+    assert "cpu, cuda or cuda:N" in capsys.readouterr().err
+
+
 def test_a_process_whose_triton_compiles_cannot_interpret_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     import triton
 

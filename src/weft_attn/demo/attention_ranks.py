@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from weft_attn import ops
 from weft_attn.api import plan_attention
 from weft_attn.demo.documents import Pack
-from weft_attn.errors import Unsupported
+from weft_attn.errors import Unsupported, require
 from weft_attn.plan.layouts import Zigzag
 from weft_attn.plan.slices import Plan
 from weft_attn.testing.cases import Inputs
@@ -76,10 +77,13 @@ def choose_device(name: str | None) -> torch.device:
     """The named device; None: a GPU if there is one. On the CPU, makes Triton interpret its kernels.
 
     Raises:
+        InvalidInput: another kind of device.
         Unsupported: there is no such GPU, or on the CPU no Triton that can still be told to interpret.
     """
     has_gpu = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if has_gpu else "cpu"))
+    named = re.fullmatch(r"cpu|cuda(:\d+)?", name or "") is not None
+    require(name is None or named, "the device is known", expected="cpu, cuda or cuda:N", given=repr(name))
+    device = torch.device(("cuda" if has_gpu else "cpu") if name is None else name)
     if device.type == "cuda" and not has_gpu:
         raise Unsupported("the device is there: expected a GPU that torch can use for 'cuda', given none")
     if device.type == "cpu":
