@@ -120,7 +120,12 @@ def document_lengths(text: str, tokens: int | None) -> tuple[int, ...]:
     require(bool(lengths), "--documents describes documents", expected=f"a number of them, {DOCUMENTS}", given=repr(text))
     require(min(lengths) >= 0, "a length counts tokens", expected=">= 0", given=min(lengths))
     total = sum(lengths)
-    require(total >= 1, "the documents hold tokens", expected="a sum >= 1", given=total)
+    require(
+        total >= 1,
+        "lengths hold tokens, and one number counts documents only with --tokens",
+        expected=f"a sum >= 1 of {DOCUMENTS}",
+        given=total,
+    )
     require(
         tokens is None or total == tokens,
         "the lengths of --documents sum to --tokens",
