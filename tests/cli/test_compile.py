@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from weft_attn.cli.main import main
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.kernels import matrix
 from weft_attn.kernels.call import KernelCall
-from weft_attn.kernels.matrix import Outcome, Variant, compile_variant, variants
+from weft_attn.kernels.matrix import Outcome, Variant, call_of, compile_variant, variants
 from weft_attn.kernels.offline import compile_call
 from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig, HopperConfig, HopperForwardConfig
 from weft_attn.launch.device import TARGETS, target
@@ -99,6 +100,15 @@ def test_variants_cover_kernels_dtypes_features_and_ragged_heads() -> None:
 def test_the_end_of_a_fused_backward_is_compiled_where_there_is_one(arch: str, dim: int, runs: bool) -> None:
     kernels = {variant.kernel for variant in variants([arch], head_dim=dim, quick=True)}
     assert ("finish_dq" in kernels) is ("hopper_backward" in kernels) is runs
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_dkdv", "backward_dq", "delta"])
+def test_heads_of_any_multiple_of_eight_dims_are_read_16_bytes_at_a_time(kernel: str) -> None:
+    """Two bytes at a time take eight times the instructions, and so many registers that they spill."""
+    (variant,) = [v for v in variants(["sm_80"], kernels=[kernel], head_dim=72, quick=True) if not v.few_rows]
+    loads = re.findall(r"ld\.global\S*", compile_call(call_of(variant), "sm_80").assembly)
+    assert loads
+    assert not [load for load in loads if load.endswith("b16")]
 
 
 def test_only_what_the_target_holds_is_compiled() -> None:

@@ -22,11 +22,13 @@ from weft_attn.kernels.triton.forward import dot_precision, padded_head_dim, sco
 from weft_attn.kernels.triton.tiles import (
     add_product,
     cap_scores,
+    in_units,
     load_rows,
     load_stream_tile,
     product,
     program_item_and_head,
     store_rows,
+    stride_unit,
 )
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
@@ -194,8 +196,15 @@ def attention_backward_dkdv_kernel(
     USE_TMA: tl.constexpr,
     CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     LAYOUT_DIGEST: tl.constexpr,
 ):
+    stride_qt, stride_qh = in_units(stride_qt, STRIDE_UNIT), in_units(stride_qh, STRIDE_UNIT)
+    stride_kt, stride_kh = in_units(stride_kt, STRIDE_UNIT), in_units(stride_kh, STRIDE_UNIT)
+    stride_vt, stride_vh = in_units(stride_vt, STRIDE_UNIT), in_units(stride_vh, STRIDE_UNIT)
+    stride_dot, stride_doh = in_units(stride_dot, STRIDE_UNIT), in_units(stride_doh, STRIDE_UNIT)
+    stride_dkt, stride_dkh = in_units(stride_dkt, STRIDE_UNIT), in_units(stride_dkh, STRIDE_UNIT)
+    stride_dvt, stride_dvh = in_units(stride_dvt, STRIDE_UNIT), in_units(stride_dvh, STRIDE_UNIT)
     item, kv_head = program_item_and_head(n_items, n_heads, heads_per_wave)
     item_ptr = items_ptr + item * layout.ITEM_WIDTH
     # Where both streams begin: asked for now, so that the answers are there when a stream starts.
@@ -303,6 +312,7 @@ def backward_dkdv_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
+            STRIDE_UNIT=stride_unit(q, k, v, dout, dk, dv),
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             HEAD_DIM_V=v.shape[2],

@@ -17,7 +17,7 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import load_rows
+from weft_attn.kernels.triton.tiles import in_units, load_rows, stride_unit
 
 
 @triton.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -38,8 +38,10 @@ def attention_combine_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     LAYOUT_DIGEST: tl.constexpr,
 ):
+    stride_ot, stride_oh = in_units(stride_ot, STRIDE_UNIT), in_units(stride_oh, STRIDE_UNIT)
     row_in_tile = tl.program_id(0) % BLOCK_Q
     pack = tl.program_id(0) // BLOCK_Q % n_packs
     combine_ptr = combines_ptr + tl.program_id(0) // BLOCK_Q // n_packs * layout.COMBINE_WIDTH
@@ -116,6 +118,7 @@ def combine_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
+            STRIDE_UNIT=stride_unit(out),
             PACK=pack,
             HEAD_DIM_V=head_dim_v,
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),

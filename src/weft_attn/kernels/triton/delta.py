@@ -21,7 +21,7 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import load_rows
+from weft_attn.kernels.triton.tiles import in_units, load_rows, stride_unit
 
 
 @triton.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -49,8 +49,11 @@ def attention_delta_kernel(
     BLOCK_ROWS: tl.constexpr,
     HAS_DLSE: tl.constexpr,
     COPIES: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     LAYOUT_DIGEST: tl.constexpr,
 ):
+    stride_ot, stride_oh = in_units(stride_ot, STRIDE_UNIT), in_units(stride_oh, STRIDE_UNIT)
+    stride_dot, stride_doh = in_units(stride_dot, STRIDE_UNIT), in_units(stride_doh, STRIDE_UNIT)
     head = tl.program_id(0) % n_heads
     rows = tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < total_q
@@ -129,6 +132,7 @@ def delta_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
+            STRIDE_UNIT=stride_unit(out, dout),
             HEAD_DIM=0 if dq_sum is None else dq_sum.shape[2],
             HEAD_DIM_PADDED=0 if dq_sum is None else padded_head_dim(dq_sum.shape[2]),
             HEAD_DIM_V=head_dim_v,

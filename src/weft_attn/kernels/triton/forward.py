@@ -21,11 +21,13 @@ from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import (
     add_product,
     cap_scores,
+    in_units,
     load_rows,
     load_stream_tile,
     product,
     program_item_and_head,
     store_rows,
+    stride_unit,
 )
 from weft_attn.kernels.triton.visibility import first_tile, interval_in_run, next_tile
 
@@ -145,8 +147,13 @@ def attention_forward_kernel(
     USE_TMA: tl.constexpr,
     CACHE: tl.constexpr,
     PRECISION: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     LAYOUT_DIGEST: tl.constexpr,
 ):
+    stride_qt, stride_qh = in_units(stride_qt, STRIDE_UNIT), in_units(stride_qh, STRIDE_UNIT)
+    stride_kt, stride_kh = in_units(stride_kt, STRIDE_UNIT), in_units(stride_kh, STRIDE_UNIT)
+    stride_vt, stride_vh = in_units(stride_vt, STRIDE_UNIT), in_units(stride_vh, STRIDE_UNIT)
+    stride_ot, stride_oh = in_units(stride_ot, STRIDE_UNIT), in_units(stride_oh, STRIDE_UNIT)
     item, pack_of_heads = program_item_and_head(n_items, n_heads, heads_per_wave)
     item_ptr = items_ptr + item * layout.ITEM_WIDTH
     q_row = tl.load(item_ptr + layout.ITEM_ROW)
@@ -288,6 +295,7 @@ def forward_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
+            STRIDE_UNIT=stride_unit(q, k, v, out),
             GROUP=group,
             PACK=pack,
             HEAD_DIM=head_dim,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -58,6 +59,25 @@ def direction_of_round(round_number):
     read from memory once, however much longer than the L2 cache the sequence is.
     """
     return tl.where(round_number % 2 == 0, -1, 1)
+
+
+@triton.jit
+def in_units(stride, UNIT: tl.constexpr):
+    """A stride that is a multiple of UNIT, written so that the compiler sees it."""
+    if UNIT == 1:
+        return stride
+    return stride // UNIT * UNIT
+
+
+def stride_unit(*tensors: torch.Tensor) -> int:
+    """UNIT of `in_units` for the token and head strides of (tokens, heads, dim) tensors, in elements.
+
+    Triton finds out by itself whether an integer is a multiple of 16, and reads and writes 16 bytes at a time only where it knows of a
+    multiple of 8. Heads of 72 or 200 dims have strides that are one but not the other.
+    """
+    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    in_eights = all(stride % 8 == 0 for stride in strides)
+    return 8 if in_eights and any(stride % 16 for stride in strides) else 1
 
 
 @triton.jit
