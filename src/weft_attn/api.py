@@ -31,7 +31,7 @@ def attention(
     """Exact attention over a batch of sequences of equal length.
 
     Args:
-        q: (B, Sq, Hq, D), fp16, bf16 or fp32. D a multiple of 8 up to 256.
+        q: (B, Sq, Hq, D), fp16, bf16 or fp32, also under autocast, which casts nothing here. D a multiple of 8 up to 256.
         k: (B, Sk, Hkv, D), like q; Hq a multiple of Hkv.
         v: (B, Sk, Hkv, Dv), like q; Dv a multiple of 8 up to 256, D != Dv allowed.
         causal: row i sees keys up to i + Sk - Sq (the last row is aligned with the last key).
