@@ -10,6 +10,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, ForwardConfig, override
+from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.testing.cases import Case, Inputs, make_inputs
 from weft_attn.testing.compare import Attention, assert_matches_oracle, evaluate
 
@@ -159,3 +160,39 @@ def test_nothing_is_written_outside_of_the_parts(guarded_memory: None, machine: 
     inputs = make_inputs(case, plan)
     with override(ForwardConfig(block_q=16, block_k=16, num_warps=4, num_stages=1)):
         evaluate(ours(plan), inputs, gradients=False)
+
+
+@pytest.mark.parametrize("odd", ["q", "k", "v", "dout"])
+def test_one_tensor_of_odd_strides_stands_beside_multiples_of_eight(odd: str) -> None:
+    """What is said of the strides of all is true of each."""
+    plan = CASE.make_plan()
+    x = make_inputs(CASE, plan)
+    one = getattr(x, odd)
+    wide = behind(one, *one.shape[:2], one.shape[2] + 1, at=(slice(None), slice(None), slice(0, one.shape[2])))
+    with override(*TILES):
+        found, expected = evaluate(ours(plan), replace(x, **{odd: wide})), evaluate(ours(plan), x)
+    for (name, a), (_, b) in zip(found.items(), expected.items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("odd", ["out", "dq", "dk", "dv"])
+def test_results_go_to_tensors_of_any_strides(odd: str) -> None:
+    plan = CASE.make_plan()
+    x = make_inputs(CASE, plan)
+    scalars = (plan, CASE.head_dim**-0.5, 0.0, True)
+    written: list[dict[str, torch.Tensor]] = []
+    for wide in ("", odd):
+        shapes = dict(out=x.dout.shape, dq=x.q.shape, dk=x.k.shape, dv=x.v.shape)
+        made = {
+            name: torch.full((*shape[:2], shape[2] + (name == wide)), float("nan"))[..., : shape[2]]
+            for name, shape in shapes.items()
+        }
+        lse = torch.empty(x.q.shape[1], x.q.shape[0])
+        with override(*TILES):
+            attention_into(x.q, x.k, x.v, x.sinks, *scalars, made["out"], lse)
+            attention_backward_into(
+                x.dout, None, x.q, x.k, x.v, x.sinks, made["out"], lse, *scalars, made["dq"], made["dk"], made["dv"]
+            )
+        written.append(made)
+    for name in written[0]:
+        assert torch.equal(written[0][name], written[1][name]), name

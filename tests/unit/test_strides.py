@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from weft_attn.kernels.triton.tiles import stride_unit
+from weft_attn.kernels.triton import tiles
+
+
+def stride_unit(*tensors: torch.Tensor) -> int:
+    return tiles.stride_unit(tiles.row_strides(**{f"x{number}": x for number, x in enumerate(tensors)}))
+
+
+def test_a_kernel_gets_token_and_head_strides_by_name() -> None:
+    assert tiles.row_strides(q=heads_of(72), dk=heads_of(8, heads=2)) == dict(
+        stride_qt=288, stride_qh=72, stride_dkt=16, stride_dkh=8
+    )
 
 
 def heads_of(dim: int, heads: int = 4) -> torch.Tensor:

@@ -27,6 +27,7 @@ from weft_attn.kernels.triton.tiles import (
     load_stream_tile,
     product,
     program_item_and_head,
+    row_strides,
     store_rows,
     stride_unit,
 )
@@ -271,6 +272,7 @@ def backward_dkdv_call(
         config: a launch `BackwardDkdvConfig`.
     """
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    strides = row_strides(q=q, k=k, v=v, do=dout, dk=dk, dv=dv)
     return KernelCall(
         kernel=attention_backward_dkdv_kernel,
         grid=(n_items * k.shape[1],),
@@ -289,18 +291,7 @@ def backward_dkdv_call(
             dv_ptr=dv,
             items_ptr=items,
             runs_ptr=runs,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
-            stride_kt=k.stride(0),
-            stride_kh=k.stride(1),
-            stride_vt=v.stride(0),
-            stride_vh=v.stride(1),
-            stride_dot=dout.stride(0),
-            stride_doh=dout.stride(1),
-            stride_dkt=dk.stride(0),
-            stride_dkh=dk.stride(1),
-            stride_dvt=dv.stride(0),
-            stride_dvh=dv.stride(1),
+            **strides,
             stride_stats_copy=lse_log2.stride(0),
             stride_stats_h=q.shape[0],
             n_items=n_items,
@@ -312,7 +303,7 @@ def backward_dkdv_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
-            STRIDE_UNIT=stride_unit(q, k, v, dout, dk, dv),
+            STRIDE_UNIT=stride_unit(strides),
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             HEAD_DIM_V=v.shape[2],

@@ -25,6 +25,7 @@ from weft_attn.kernels.triton.tiles import (
     load_stream_tile,
     product,
     program_item_and_head,
+    row_strides,
     store_rows,
     stride_unit,
 )
@@ -217,6 +218,7 @@ def backward_dq_call(
         config: a launch `BackwardDqConfig`.
     """
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    strides = row_strides(q=q, k=k, v=v, do=dout, dq=dq)
     return KernelCall(
         kernel=attention_backward_dq_kernel,
         grid=(n_items * q.shape[1],),
@@ -232,16 +234,7 @@ def backward_dq_call(
             dq_ptr=dq,
             items_ptr=items,
             runs_ptr=runs,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
-            stride_kt=k.stride(0),
-            stride_kh=k.stride(1),
-            stride_vt=v.stride(0),
-            stride_vh=v.stride(1),
-            stride_dot=dout.stride(0),
-            stride_doh=dout.stride(1),
-            stride_dqt=dq.stride(0),
-            stride_dqh=dq.stride(1),
+            **strides,
             stride_stats_h=q.shape[0],
             n_items=n_items,
             n_heads=q.shape[1],
@@ -252,7 +245,7 @@ def backward_dq_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
-            STRIDE_UNIT=stride_unit(q, k, v, dout, dq),
+            STRIDE_UNIT=stride_unit(strides),
             GROUP=q.shape[1] // k.shape[1],
             HEAD_DIM=q.shape[2],
             HEAD_DIM_V=v.shape[2],

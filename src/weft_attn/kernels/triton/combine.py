@@ -17,7 +17,7 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import in_units, load_rows, stride_unit
+from weft_attn.kernels.triton.tiles import in_units, load_rows, row_strides, stride_unit
 
 
 @triton.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -101,6 +101,7 @@ def combine_call(
         config: a launch `CombineConfig`.
     """
     _, n_packs, block_q, head_dim_v = partial_out.shape
+    strides = row_strides(o=out)
     return KernelCall(
         kernel=attention_combine_kernel,
         grid=(n_combines * n_packs * block_q,),
@@ -111,14 +112,13 @@ def combine_call(
             out_ptr=out,
             lse_ptr=lse,
             combines_ptr=combines,
-            stride_ot=out.stride(0),
-            stride_oh=out.stride(1),
+            **strides,
             stride_lse_h=lse.stride(0),
             n_packs=n_packs,
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
-            STRIDE_UNIT=stride_unit(out),
+            STRIDE_UNIT=stride_unit(strides),
             PACK=pack,
             HEAD_DIM_V=head_dim_v,
             HEAD_DIM_V_PADDED=padded_head_dim(head_dim_v),

@@ -21,7 +21,7 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import in_units, load_rows, stride_unit
+from weft_attn.kernels.triton.tiles import in_units, load_rows, row_strides, stride_unit
 
 
 @triton.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -109,6 +109,7 @@ def delta_call(
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape
+    strides = row_strides(o=out, do=dout)
     return KernelCall(
         kernel=attention_delta_kernel,
         grid=(triton.cdiv(total_q, config.block_rows) * heads,),
@@ -120,10 +121,7 @@ def delta_call(
             delta_ptr=delta,
             lse_log2_ptr=lse_log2,
             dq_sum_ptr=dq_sum,
-            stride_ot=out.stride(0),
-            stride_oh=out.stride(1),
-            stride_dot=dout.stride(0),
-            stride_doh=dout.stride(1),
+            **strides,
             stride_lse_h=lse.stride(0),
             stride_dlse_h=0 if dlse is None else dlse.stride(0),
             stride_copy=delta.stride(0),
@@ -132,7 +130,7 @@ def delta_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
-            STRIDE_UNIT=stride_unit(out, dout),
+            STRIDE_UNIT=stride_unit(strides),
             HEAD_DIM=0 if dq_sum is None else dq_sum.shape[2],
             HEAD_DIM_PADDED=0 if dq_sum is None else padded_head_dim(dq_sum.shape[2]),
             HEAD_DIM_V=head_dim_v,

@@ -26,6 +26,7 @@ from weft_attn.kernels.triton.tiles import (
     load_stream_tile,
     product,
     program_item_and_head,
+    row_strides,
     store_rows,
     stride_unit,
 )
@@ -262,6 +263,7 @@ def forward_call(
     group = heads // k.shape[1]
     n_heads = heads // pack
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
+    strides = row_strides(q=q, k=k, v=v, o=out)
     return KernelCall(
         kernel=attention_forward_kernel,
         grid=(n_items * n_heads,),
@@ -278,14 +280,7 @@ def forward_call(
             partial_lse_ptr=partial_lse,
             items_ptr=items,
             runs_ptr=runs,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
-            stride_kt=k.stride(0),
-            stride_kh=k.stride(1),
-            stride_vt=v.stride(0),
-            stride_vh=v.stride(1),
-            stride_ot=out.stride(0),
-            stride_oh=out.stride(1),
+            **strides,
             stride_lse_h=lse.stride(0),
             n_items=n_items,
             n_heads=n_heads,
@@ -295,7 +290,7 @@ def forward_call(
         ),
         constants=dict(
             LAYOUT_DIGEST=layout.DIGEST,
-            STRIDE_UNIT=stride_unit(q, k, v, out),
+            STRIDE_UNIT=stride_unit(strides),
             GROUP=group,
             PACK=pack,
             HEAD_DIM=head_dim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -61,23 +63,29 @@ def direction_of_round(round_number):
     return tl.where(round_number % 2 == 0, -1, 1)
 
 
+def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """The arguments stride_NAMEt and stride_NAMEh of a kernel, token and head strides in elements, of (tokens, heads, dim) tensors."""
+    return {
+        f"stride_{name}{axis}": stride for name, x in tensors.items() for axis, stride in zip("th", x.stride(), strict=False)
+    }
+
+
+def stride_unit(strides: Mapping[str, int]) -> int:
+    """STRIDE_UNIT of a kernel that passes all of these `row_strides` through `in_units`, and no others.
+
+    Triton finds out by itself whether an integer is a multiple of 16. It moves 16 bytes at a time only where it knows of a multiple of
+    8 (of 16-bit elements), and two where it does not. Heads of 72 or 200 dims have strides that are one but not the other.
+    """
+    in_eights = all(stride % 8 == 0 for stride in strides.values())
+    return 8 if in_eights and any(stride % 16 for stride in strides.values()) else 1
+
+
 @triton.jit
 def in_units(stride, UNIT: tl.constexpr):
-    """A stride that is a multiple of UNIT, written so that the compiler sees it."""
+    """A stride that is a multiple of UNIT, written so that the compiler sees it; another one would be cut off."""
     if UNIT == 1:
         return stride
     return stride // UNIT * UNIT
-
-
-def stride_unit(*tensors: torch.Tensor) -> int:
-    """UNIT of `in_units` for the token and head strides of (tokens, heads, dim) tensors, in elements.
-
-    Triton finds out by itself whether an integer is a multiple of 16, and reads and writes 16 bytes at a time only where it knows of a
-    multiple of 8. Heads of 72 or 200 dims have strides that are one but not the other.
-    """
-    strides = [stride for x in tensors for stride in x.stride()[:-1]]
-    in_eights = all(stride % 8 == 0 for stride in strides)
-    return 8 if in_eights and any(stride % 16 for stride in strides) else 1
 
 
 @triton.jit
