@@ -93,7 +93,11 @@ def steps(old_triton: Path) -> list[Check | Suite]:
         Suite("tests", ("tests", "--ignore=tests/kernels", "--ignore=tests/gpu"), compiled),
         Suite("kernels, interpreted", ("tests/kernels",), INTERPRETED),
         Suite("kernels, interpreted, oldest Triton", ("tests/kernels",), {**old, **INTERPRETED}),
-        Suite("compilation, oldest Triton", ("tests/cli/test_compile.py",), {**old, **compiled}),
+        Suite(
+            "compilation and launches, oldest Triton",
+            ("tests/cli/test_compile.py", "tests/unit/test_replay.py"),
+            {**old, **compiled},
+        ),
     ]
 
 

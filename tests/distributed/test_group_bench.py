@@ -173,6 +173,8 @@ def test_other_groups_of_heads_are_timed_and_checked_as_the_chosen_are():
 def test_numbers_of_groups_are_positive():
     assert context_parallel.chosen_counts(None) == []
     assert context_parallel.chosen_counts(["4", "1", "4"]) == [1, 4]
+    with pytest.raises(InvalidInput, match="given none"):
+        context_parallel.chosen_counts([])
     for wrong in ("0", "-1", "two", "1.5"):
         with pytest.raises(InvalidInput, match="positive"):
             context_parallel.chosen_counts([wrong])

@@ -29,6 +29,7 @@ from weft_attn.bench.timing import Notify, Pace, Samples, clock_of, silent
 from weft_attn.bench.workload import Workload, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.memory import Memory
+from weft_attn.distributed.process_group import own_device
 from weft_attn.distributed.shard import ShardedBatch, sharded_batch
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.slices import Plan
@@ -59,8 +60,9 @@ def chosen_counts(wanted: Sequence[str] | None) -> list[int]:
     """Numbers of groups, in order, each once; none where none are wanted.
 
     Raises:
-        InvalidInput: what is no number above 0.
+        InvalidInput: no number, or what is none above 0.
     """
+    require(wanted is None or bool(wanted), "numbers of groups are given", expected="integers >= 1", given="none")
     for text in wanted or ():
         require(
             text.isdecimal() and int(text) > 0, "a number of groups is positive", expected="an integer >= 1", given=repr(text)
@@ -106,8 +108,7 @@ def rank_device(device_name: str) -> torch.device:
             "each rank is a process: expected a start by `torchrun --nproc-per-node N -m weft_attn.cli.main bench cp`, "
             f"given an environment without {', '.join(missing)}"
         )
-    device = chosen_device(device_name)
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" else device
+    return own_device(chosen_device(device_name).type == "cuda")
 
 
 def run_group(request: Request, device: torch.device, notify: Notify = silent) -> Batches:

@@ -162,8 +162,9 @@ def _warm_up(calls: Mapping[str, Callable[[], object]], clock: Clock, pace: Pace
         loaded += sum(estimates.values())
         if loaded >= pace.warm_up_ms:
             break
-    return {name: _repeats(pace.round_ms, one) for name, one in estimates.items()}
+    return {name: repeats_of(pace.round_ms, one) for name, one in estimates.items()}
 
 
-def _repeats(round_ms: float, one_ms: float) -> int:
+def repeats_of(round_ms: float, one_ms: float) -> int:
+    """Calls that fill a round of a variant that takes `one_ms`, within MIN_REPEATS and MAX_REPEATS."""
     return int(min(MAX_REPEATS, max(MIN_REPEATS, round_ms // max(one_ms, 1e-6))))

@@ -21,7 +21,7 @@ def compile(  # noqa: A001 (a command takes its function's name)
     kernel: Annotated[list[str] | None, typer.Option(help="Only this kernel; may be repeated.")] = None,
     head_dim: Annotated[int | None, typer.Option(help="Only this head dim. Default: those of the tables.")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only what selection gives bfloat16 of head dim 128, and the forward of 96.")
+        bool, typer.Option("--quick", help="Only what selection gives bfloat16 of head dim 128, and the forward of 72.")
     ] = False,
     max_spill: Annotated[int, typer.Option(min=0, help="Bytes that a thread may spill.")] = MAX_SPILL,
     workers: Annotated[int, typer.Option(min=1, help="Compiler processes.")] = 2,

@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from weft_attn.demo.options import Options, Setup
-from weft_attn.distributed.process_group import process_group
+from weft_attn.distributed.process_group import own_device, process_group
 from weft_attn.errors import require
 
 
@@ -91,7 +90,7 @@ def train_rank(options: Options) -> bool:
     # Late: the process that only starts the others does without transformers.
     from weft_attn.demo.run import run_group
 
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if setup.on_gpu else torch.device("cpu")
+    device = own_device(setup.on_gpu)
     with process_group(device):
         return run_group(setup, device)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 
+def own_device(on_gpu: bool) -> torch.device:
+    """The device of this process of a job that `torchrun`, or torch's launcher, has started."""
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group of a job that `torchrun`, or torch's launcher, has started: NCCL on GPUs, gloo on the CPU.
+    """The default process group of such a job: NCCL on GPUs, gloo on the CPU.
 
     Args:
         device: this process's own.

@@ -466,7 +466,12 @@ class Plan:
         return torch.from_numpy(mask)
 
     def draw(self, path: str | Path, *, title: str | None = None) -> Path:
-        """Write a picture of the plan (format by the suffix of `path`) and return its path. Needs matplotlib (`[draw]`)."""
+        """Write a picture of the plan (format by the suffix of `path`) and return its path. Needs matplotlib (`[draw]`).
+
+        Raises:
+            Unsupported: (a ValueError) matplotlib is not installed.
+            InvalidInput: (a ValueError) a suffix that is no format of pictures, or a place that takes no file.
+        """
         from weft_attn.plan.draw import draw_plans
 
         return draw_plans([(title or repr(self), self)], path)
