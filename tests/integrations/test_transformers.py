@@ -10,6 +10,7 @@ import torch
 from models import DECODERS, assert_as_eager, bart, bert, decoder, run, tokens
 from transformers.masking_utils import chunked_causal_mask_function
 
+from weft_attn.errors import Unsupported
 from weft_attn.integrations import transformers as weft_transformers
 from weft_attn.plan import Plan
 
@@ -154,6 +155,16 @@ def test_cu_seq_lens_keep_documents_apart_as_for_flash_attention(with_cache: boo
     if not with_cache:
         with pytest.raises(ValueError, match="same documents"):
             model(**inputs, **packed_arguments([7, 1, 11, 4]), use_cache=False)
+
+
+def test_chunked_layers_say_where_their_documents_come_from() -> None:
+    """Their mask is of chunks of documents: no cu_seq_lens says the same."""
+    model = decoder("llama4")
+    model.set_attn_implementation("weft")
+    inputs = dict(input_ids=tokens(1, 23), position_ids=torch.cat([torch.arange(n) for n in (7, 16)])[None], use_cache=False)
+    model(**inputs)
+    with pytest.raises(Unsupported, match="documents from position_ids"):
+        model(**inputs, **packed_arguments([7, 16]))
 
 
 def test_the_plan_of_a_forward_is_built_once_for_each_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,8 @@ def to_mask(asked: Asked) -> Mask:
         return Mask(_evaluated(asked), None)
     # Chunks count positions of their own.
     rule = PositionRule(None) if one_document and pattern.packed is None else None
-    return Mask(masks.segmented_band(*segments, visible, shift, pattern.window), pattern.window, positions=rule)
+    plan = masks.segmented_band(*segments, visible, shift, pattern.window)
+    return Mask(plan, pattern.window, is_chunked=pattern.chunk is not None, positions=rule)
 
 
 def host_padding(asked: Asked) -> BoolArray | None:

@@ -25,6 +25,7 @@ class Mask:
         window: (left, right) keys around a row's position, None on a side: no bound. None as a whole: the mask was read cell by
             cell, and its window is in the plan.
         is_plain: whole sequences, no padding and no segments.
+        is_chunked: rows see keys of their own chunk of positions alone.
         batch: the context-parallel batch that was active. Kept here because a checkpointed layer runs again in the backward,
             perhaps in another thread and after the batch's scope.
         positions: what a layer's position ids must be, where the mask has not seen them; None: anything.
@@ -33,6 +34,7 @@ class Mask:
     plan: Plan | None
     window: Window | None
     is_plain: bool = False
+    is_chunked: bool = False
     batch: ActiveBatch | None = None
     positions: PositionRule | None = None
 

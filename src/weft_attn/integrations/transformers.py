@@ -312,6 +312,8 @@ def _packed_plan(flash: PackedKwargs, sizes: Sizes, mask: Mask) -> Plan:
             "packed documents are one sequence: expected batch size 1, cu_seq_lens_q with cu_seq_lens_k, and a causal, full or "
             f"window mask, given batch size {sizes[0]}"
         )
+    if mask.is_chunked:
+        raise Unsupported("chunked layers take their documents from position_ids: expected no cu_seq_lens, given some")
     plan = documents_plan(cu_q, cu_k, flash.max_seqlen_q, flash.max_seqlen_k, False, window)
     if not mask.is_plain and plan != mask.plan:
         raise InvalidInput("cu_seq_lens and the mask are about the same documents: expected the mask's, given others")
