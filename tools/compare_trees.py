@@ -218,6 +218,11 @@ def main() -> None:
     options = parser.parse_args()
     if "decode" in options.suites.split(","):
         parser.error("decode is served from CUDA graphs: `weft bench decode` times it")
+    passes = options.passes.split(",")
+    if not set(passes) <= {"forward", "backward"}:
+        parser.error(f"a pass is forward or backward: given {options.passes!r}")
+    if options.rounds < 1:
+        parser.error(f"rounds are counted: expected >= 1, given {options.rounds}")
     setup = dict(
         device=options.device,
         suites=options.suites.split(","),
@@ -232,7 +237,7 @@ def main() -> None:
         if not source or not (Path(source) / "weft_attn" / "__init__.py").is_file():
             parser.error(f"a tree is NAME=SRC, SRC a folder that holds weft_attn: given {given!r}")
         trees.append(Tree(name, Path(source), setup))
-    rows = compare(trees, options.round_ms, options.rounds, options.passes.split(","))
+    rows = compare(trees, options.round_ms, options.rounds, passes)
     for tree in trees:
         tree.end()
     changed = [row for row in rows if not row.difference <= ALLOWED]

@@ -74,6 +74,7 @@ def _agree(
 
 
 def head_dim(value: int, name: str) -> int:
+    """A head dim that attention takes."""
     require(
         8 <= value <= MAX_HEAD_DIM and value % 8 == 0,
         f"{name} is a multiple of 8 up to {MAX_HEAD_DIM}",

@@ -96,6 +96,14 @@ def test_variants_cover_kernels_dtypes_features_and_ragged_heads() -> None:
     assert {v.head_dim for v in variants(["sm_80"], head_dim=72)} == {72}
 
 
+def test_help_says_which_head_dims_quick_compiles(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["compile", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"head dim {matrix.QUICK_HEAD_DIM}, and the forward of {matrix.QUICK_RAGGED}." in said
+
+
 @pytest.mark.parametrize(("arch", "dim", "runs"), [("sm_90", 128, True), ("sm_90", 80, False), ("sm_80", 128, False)])
 def test_the_end_of_a_fused_backward_is_compiled_where_there_is_one(arch: str, dim: int, runs: bool) -> None:
     kernels = {variant.kernel for variant in variants([arch], head_dim=dim, quick=True)}

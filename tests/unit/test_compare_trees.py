@@ -48,6 +48,8 @@ def test_a_tree_that_computes_something_else_is_found(other: Path) -> None:
 
 def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     assert "NAME=SRC" in compare(f"base={tmp_path}", *QUICK).stderr
+    assert "a pass is forward or backward" in compare(f"base={SOURCE}", *QUICK, "--passes", "sideways").stderr
+    assert "rounds are counted" in compare(f"base={SOURCE}", *QUICK, "--rounds", "0").stderr
     assert "no case has this name" in compare(f"base={SOURCE}", *QUICK, "--only", "nothing").stderr
     (tmp_path / "weft_attn").mkdir()
     (tmp_path / "weft_attn" / "__init__.py").write_text("raise ImportError('planted')")

@@ -57,7 +57,7 @@ def chosen_peers(wanted: Sequence[str] | None) -> list[GroupPeer]:
 
 
 def chosen_counts(wanted: Sequence[str] | None) -> list[int]:
-    """Numbers of groups, in order, each once; none where none are wanted.
+    """Numbers of groups, in order, each once; none for None.
 
     Raises:
         InvalidInput: no number, or what is none above 0.

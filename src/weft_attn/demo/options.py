@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from weft_attn.demo.documents import Pack, pack_batches
+from weft_attn.distributed.process_group import backend_of
 from weft_attn.errors import Unsupported, require
 from weft_attn.plan.draw import require_picture
 from weft_attn.plan.layouts import Zigzag
@@ -127,4 +128,4 @@ class Setup:
 
     @property
     def backend(self) -> str:
-        return "nccl" if self.on_gpu else "gloo"
+        return backend_of(self.on_gpu)

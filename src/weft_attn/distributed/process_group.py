@@ -16,19 +16,23 @@ def own_device(on_gpu: bool) -> torch.device:
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
 
 
+def backend_of(on_gpu: bool) -> str:
+    """What the ranks of such a job talk through."""
+    return "nccl" if on_gpu else "gloo"
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The default process group of such a job: NCCL on GPUs, gloo on the CPU.
+    """The default process group of such a job.
 
     Args:
         device: this process's own.
     """
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
-        # With its device, a group connects here, where a rank that cannot says so, not in the first collective.
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
+    # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first collective.
+    dist.init_process_group(backend_of(on_gpu), device_id=device if on_gpu else None)
     yield
     # Not where a rank fails: it would wait for the others, or make them fail too and hide the one that failed first.
     # What still holds the group keeps its threads alive, and one that ends a collective while the interpreter goes down aborts the

@@ -88,6 +88,18 @@ def host_integer(value: Any, name: str, low: int, high: int | None = None, *, er
     return number
 
 
+def iterable(values: Any, name: str, expected: str) -> Iterable[Any]:
+    """What can be gone through, as it is."""
+    require(
+        isinstance(values, Iterable),
+        f"{name} are a sequence",
+        expected=expected,
+        given=type(values).__name__,
+        error=InvalidPlan,
+    )
+    return values
+
+
 def checked_window(window: Any) -> tuple[int | None, int | None]:
     """(left, right), each None or a non-negative integer."""
     if window is None:
@@ -158,14 +170,7 @@ def from_groups(groups: Any, cu_seqlens_k: Any, causal: Any, window: Any) -> Bui
     cu_k = host_cu_seqlens(cu_seqlens_k, "cu_seqlens_k")
     documents = len(cu_k) - 1
     tables, total_q = [np.zeros((0, 6), np.int64)], 0
-    require(
-        isinstance(groups, Iterable),
-        "groups are a sequence",
-        expected="(cu_seqlens_q, kv_lens) of each",
-        given=type(groups).__name__,
-        error=InvalidPlan,
-    )
-    for index, group in enumerate(groups):
+    for index, group in enumerate(iterable(groups, "groups", "(cu_seqlens_q, kv_lens) of each")):
         require(
             isinstance(group, tuple | list) and len(group) == 2,
             f"group {index} is a pair",

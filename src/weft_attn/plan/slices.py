@@ -182,14 +182,7 @@ class Plan:
 
     def __init__(self, slices: Iterable[Slice], total_q: int, total_k: int) -> None:
         rows: list[tuple[int, ...]] = []
-        require(
-            isinstance(slices, Iterable),
-            "slices are a sequence",
-            expected="any number of weft_attn.Slice",
-            given=type(slices).__name__,
-            error=InvalidPlan,
-        )
-        for index, item in enumerate(slices):
+        for index, item in enumerate(build.iterable(slices, "slices", "any number of weft_attn.Slice")):
             require(
                 isinstance(item, Slice),
                 f"slice {index} is a Slice",
