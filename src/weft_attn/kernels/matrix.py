@@ -88,6 +88,7 @@ class Outcome:
     shared_memory: int = 0
     atomics: int = 0
     undefined_reads: tuple[str, ...] = ()
+    idle_barriers: tuple[str, ...] = ()
     error: str = ""
 
     @property
@@ -113,6 +114,8 @@ class Outcome:
             found.append(
                 f"reads undefined registers in {len(self.undefined_reads)} places, the first: {self.undefined_reads[0]}"
             )
+        if self.idle_barriers:
+            found.append(f"sets up barriers that nobody uses: {', '.join(self.idle_barriers)}")
         return found
 
 
@@ -341,7 +344,13 @@ def compile_variant(variant: Variant) -> Outcome:
     except Exception as error:  # noqa: BLE001 (Triton, LLVM and assemblers raise what they like; it is the outcome)
         return Outcome(variant, error=_in_a_line(error))
     return Outcome(
-        variant, compiled.registers, compiled.spilled_bytes, compiled.shared_memory, compiled.atomics, compiled.undefined_reads
+        variant,
+        compiled.registers,
+        compiled.spilled_bytes,
+        compiled.shared_memory,
+        compiled.atomics,
+        compiled.undefined_reads,
+        compiled.idle_barriers,
     )
 
 

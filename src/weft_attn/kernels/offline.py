@@ -32,6 +32,7 @@ class Compiled:
         atomics: atomic or reduction instructions in the machine code.
         assembly: the target's assembly text.
         undefined_reads: instructions of a warp-specialised kernel that read what a path leaves unwritten (machine_code.py).
+        idle_barriers: barriers of such a kernel that nobody arrives at or waits for.
     """
 
     registers: int | None
@@ -40,6 +41,7 @@ class Compiled:
     atomics: int
     assembly: str
     undefined_reads: tuple[str, ...] = ()
+    idle_barriers: tuple[str, ...] = ()
 
 
 def gpu_target(arch: str) -> GPUTarget:
@@ -71,9 +73,32 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
     if arch.startswith("sm_"):
         report = _nvidia_report(compiled)
         if call.kernel.is_gluon():
-            report = replace(report, undefined_reads=tuple(undefined_reads(disassemble(compiled.asm["cubin"]))))
+            report = replace(
+                report,
+                undefined_reads=tuple(undefined_reads(disassemble(compiled.asm["cubin"]))),
+                idle_barriers=tuple(idle_barriers(compiled.asm["ttgir"])),
+            )
         return report
     return _amd_report(compiled)
+
+
+def idle_barriers(text: str) -> list[str]:
+    """Barriers in Triton's GPU dialect that are set up and not used: a tile may lie on them (docs/adr/0020).
+
+    Returns:
+        the names of their allocations.
+    """
+    owners = {name: name for name in re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<[\dx]*xi64,", text)}
+    used = set()
+    for line in text.splitlines():
+        names = [name for name in re.findall(r"%\w+", line) if name in owners]
+        indexed = re.match(r"\s*(%\w+) = ttg\.memdesc_index (%\w+)", line)
+        if indexed and indexed[2] in owners:
+            # One of several.
+            owners[indexed[1]] = owners[indexed[2]]
+        elif not re.match(r"\s*(ttng\.init_barrier|%\w+ = ttg\.local_alloc)\b", line):
+            used.update(owners[name] for name in names)
+    return [name for name, owner in owners.items() if name == owner and name not in used]
 
 
 def _type_of(value: Any) -> str:

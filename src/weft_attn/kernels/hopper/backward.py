@@ -26,7 +26,7 @@ from weft_attn.kernels.hopper.backward_wide import (
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
 from weft_attn.kernels.hopper.schedule import make_schedule
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, sum_box, vector_box
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 
@@ -109,25 +109,27 @@ def hopper_backward_kernel(
         )
     elif dq_sum_desc is None:
         memory = make_memory(p, schedule, CONSUMERS, 1, STAGES, 0)
+        agreement = make_agreement()
         fence_async_shared()
         gl.warp_specialize(
             [
                 (produce, (p, memory)),
-                (consume_for_dkdv, (p, memory, gl.constexpr(0))),
-                (consume_for_dkdv, (p, memory, gl.constexpr(1))),
+                (consume_for_dkdv, (p, memory, agreement, gl.constexpr(0))),
+                (consume_for_dkdv, (p, memory, agreement, gl.constexpr(1))),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
         )
     else:
         memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
+        agreement = make_agreement()
         exchange = make_exchange(p, dq_sum_desc)
         fence_async_shared()
         gl.warp_specialize(
             [
                 (produce, (p, memory)),
-                (consume_for_all, (p, memory, exchange, gl.constexpr(0))),
-                (consume_for_all, (p, memory, exchange, gl.constexpr(1))),
+                (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
+                (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
             ],
             [4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS],

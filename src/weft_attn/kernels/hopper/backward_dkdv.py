@@ -52,7 +52,7 @@ def _accumulate_tile(p, memory, step, own_slot, dk_acc, dv_acc, first, stop, col
 
 
 @gluon.jit
-def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
+def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -79,7 +79,7 @@ def consume_for_dkdv(p, memory, CONSUMER: gl.constexpr):
             for _member in range(p.GROUP):
                 memory.slots.wait(step)
                 zero = zero * 3
-                cleaned = clean_queries(p, memory, step, col_stop - col, cleaned, CONSUMER)
+                cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
                 dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, first, stop, col, True)
                 step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)

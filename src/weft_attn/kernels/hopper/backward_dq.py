@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -32,6 +31,7 @@ from weft_attn.kernels.hopper.tiles import (
     head_box,
     is_visible,
     load_keys_and_values,
+    make_agreement,
     product_layout,
     write_rows,
 )
@@ -272,10 +272,8 @@ def hopper_backward_dq_kernel(
     dout = make_ring(dout_desc, CONSUMERS, 1)
     k = make_ring(k_desc, STAGES, CONSUMERS)
     v = make_ring(v_desc, STAGES, CONSUMERS)
-    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(cleaned, count=CONSUMERS)
+    memory = Memory(schedule, q, dout, k, v, make_agreement())
     fence_async_shared()
-    memory = Memory(schedule, q, dout, k, v, cleaned)
     gl.warp_specialize(
         [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
         [4, 4],

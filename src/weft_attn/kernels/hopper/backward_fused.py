@@ -153,7 +153,7 @@ def _accumulate_tile(
 
 
 @gluon.jit
-def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
+def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -194,7 +194,7 @@ def consume_for_all(p, memory, exchange, CONSUMER: gl.constexpr):
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             for member in range(p.GROUP):
                 zero = zero * 3
-                cleaned = clean_queries(p, memory, step, col_stop - col, cleaned, CONSUMER)
+                cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
                 scores, dk_acc, dv_acc = _accumulate_tile(
                     p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, col_stop - col,
                     first_head + member, True, CONSUMER,

@@ -8,7 +8,7 @@ their own dtype.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
@@ -80,7 +80,6 @@ class Memory:
         k, v: a slot for each 64 keys of an item.
         slots: for query tiles of one head: q, lse_log2, delta, and dout unless it has slots of its own.
         dout_slots: dout's own slots; otherwise `slots`.
-        cleaned: barrier: both consumers have zeroed their halves of what a query tile holds beyond its slice.
     """
 
     schedule: Schedule
@@ -92,13 +91,12 @@ class Memory:
     dout: gl.shared_memory_descriptor
     lse_log2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
-    cleaned: gl.shared_memory_descriptor
     IS_DOUT_APART: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, cleaned, IS_DOUT_APART):
+    def __init__(self, schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, IS_DOUT_APART):
         self.schedule, self.k, self.v, self.slots, self.dout_slots = schedule, k, v, slots, dout_slots
-        self.q, self.dout, self.lse_log2, self.delta, self.cleaned = q, dout, lse_log2, delta, cleaned
+        self.q, self.dout, self.lse_log2, self.delta = q, dout, lse_log2, delta
         self.IS_DOUT_APART = gl.constexpr(IS_DOUT_APART)
 
 
@@ -176,11 +174,9 @@ def make_memory(
     dout_slots = slots
     if IS_DOUT_APART:
         dout_slots = make_slots(DOUT_STAGES, CONSUMERS)
-    cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(cleaned, count=CONSUMERS)
     return Memory(
         schedule, k, v, slots, dout_slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, dout_slots.STAGES),
-        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), cleaned, IS_DOUT_APART,
+        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), IS_DOUT_APART,
     )  # fmt: skip
 
 
@@ -188,13 +184,13 @@ def make_memory(
 
 
 @gluon.jit
-def clean_queries(p, memory, step, n_valid, cleaned, CONSUMER: gl.constexpr):
-    """Zero what a query tile holds from its n_valid-th row on; how often that has happened."""
+def clean_queries(p, memory, agreement, step, n_valid, cleaned, CONSUMER: gl.constexpr):
+    """Zero what a query tile holds from its n_valid-th row on, a half each consumer; how often that has happened."""
     if n_valid < p.BLOCK_Q:
         slot = step % memory.slots.STAGES
         clean_half(memory.q.index(slot), n_valid, CONSUMER)
         clean_half(memory.dout.index(slot), n_valid, CONSUMER)
-        agree(memory.cleaned, cleaned)
+        agree(agreement, cleaned)
         cleaned += 1
     return cleaned
 

@@ -15,7 +15,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -34,6 +33,7 @@ from weft_attn.kernels.hopper.tiles import (
     head_box,
     is_visible,
     load_keys_and_values,
+    make_agreement,
     pack_operand,
     product_layout,
     unpack_operand,
@@ -379,10 +379,8 @@ def hopper_forward_kernel(
     out = q.tiles
     if Q_IN_REGISTERS:
         out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], out_desc.layout)
-    v_cleaned = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(v_cleaned, count=CONSUMERS)
+    memory = Memory(schedule, q, k, v, out, make_agreement())
     fence_async_shared()
-    memory = Memory(schedule, q, k, v, out, v_cleaned)
     gl.warp_specialize(
         [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
         [4, 4],

@@ -126,6 +126,14 @@ def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
+def make_agreement():
+    """A barrier for `agree`, of kernels that use it: memory that nothing uses again is given to the tiles too (docs/adr/0020)."""
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(barrier, count=CONSUMERS)
+    return barrier
+
+
+@gluon.jit
 def agree(barrier, times):
     """Both consumers are here, for the `times`-th time from 0, and what they wrote to shared memory is seen by the products."""
     fence_async_shared()
