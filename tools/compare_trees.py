@@ -36,7 +36,14 @@ class Bench:
     """The cases of one tree, on its device; what the parent asks for is a method's name and its arguments."""
 
     def __init__(
-        self, device: str, suites: Sequence[str], only: str, quick: bool, model: dict[str, Any], deterministic: bool
+        self,
+        device: str,
+        suites: Sequence[str],
+        only: str,
+        quick: bool,
+        model: dict[str, Any],
+        deterministic: bool,
+        work: dict[str, Any],
     ) -> None:
         from weft_attn.bench import cases, timing
 
@@ -44,7 +51,7 @@ class Bench:
         self.clock = timing.clock_of(self.device)
         sizes = cases.QUICK if quick else cases.HOUSE
         chosen = cases.chosen_model(quick=quick, **model)
-        found = [c for suite in suites for c in cases.suite_cases(suite, sizes, chosen, deterministic=deterministic)]
+        found = [c for suite in suites for c in cases.suite_cases(suite, sizes, chosen, deterministic=deterministic, **work)]
         self.cases = [case for case in found if only in case.name]
 
     def names(self) -> list[dict[str, Any]]:
@@ -211,6 +218,9 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--head-dim", type=int)
     parser.add_argument("--dtype", dest="dtype_name")
+    parser.add_argument("--seqlen", type=int, help="tokens in place of the suites' own")
+    parser.add_argument("--world", type=int, help="ranks of zigzag")
+    parser.add_argument("--rank", help='rank of zigzag, or "all"')
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--round-ms", type=float, default=20.0, help="time a tree gets in a round")
@@ -230,6 +240,7 @@ def main() -> None:
         quick=options.quick,
         model={name: getattr(options, name) for name in ("heads", "kv_heads", "head_dim", "dtype_name")},
         deterministic=options.deterministic,
+        work={name: getattr(options, name) for name in ("seqlen", "world", "rank")},
     )
     trees = []
     for given in options.trees:

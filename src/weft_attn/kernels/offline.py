@@ -89,7 +89,7 @@ def idle_barriers(text: str) -> list[str]:
         the names of their allocations.
     """
     owners = {name: name for name in re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<[\dx]*xi64,", text)}
-    used = set()
+    used: set[str] = set()
     for line in text.splitlines():
         names = [name for name in re.findall(r"%\w+", line) if name in owners]
         indexed = re.match(r"\s*(%\w+) = ttg\.memdesc_index (%\w+)", line)

@@ -20,12 +20,13 @@ import torch
 from numpy.typing import NDArray
 
 from weft_attn.errors import Unsupported
+from weft_attn.plan.in_step import BY_ROUND, Grid, arrange, components
 from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
 
 IntArray = NDArray[np.int64]
 
-# Columns of the item table. NO_SLOT: the item is whole and writes the result itself.
-ITEM_FIELDS = ("row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "unused")
+# Columns of the item table. NO_SLOT: the item is whole and writes the result itself. A walk: in_step.py.
+ITEM_FIELDS = ("row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "walk")
 NO_SLOT = -1
 # Columns of the run table; an interior run uses the first two.
 RUN_FIELDS = ("col", "n_tiles", "q_start", "q_len", "k_start", "k_len", "lo", "hi")
@@ -44,6 +45,7 @@ class Tiling:
         transposed: rows are keys and columns are queries (dK/dV).
         masks_ragged: items with fewer rows than a tile have edge tiles only, for a kernel whose rows beyond the item's would reach
             more than results that nobody writes.
+        grid: the persistent grid whose programs walk the items in step. None: items are listed longest first.
     """
 
     rows_per_tile: int
@@ -51,6 +53,7 @@ class Tiling:
     max_tiles: int | None = None
     transposed: bool = False
     masks_ragged: bool = False
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Stream:
     """A plan cut for one kernel: numpy int32 tables.
 
     Attributes:
-        items: (n, 8) ITEM_FIELDS, longest first.
+        items: (n, 8) ITEM_FIELDS, longest first or as `in_step.arrange` says.
         runs: (m, 8) RUN_FIELDS, with one row more than is used, so that a kernel may look one run ahead.
         combines: (s, 4) COMBINE_FIELDS, one for each item that was split.
         slots: partial results, over all split items.
@@ -128,9 +131,10 @@ def host_stream(plan: Plan, tiling: Tiling) -> Stream:
     return build_stream(table, total_rows, tiling)
 
 
-def count_items(plan: Plan, rows_per_tile: int) -> int:
-    """Items of the forward before any split: what decides whether splitting is needed."""
-    return len(tile_rows(plan.rows, plan.total_q, rows_per_tile))
+def count_items(plan: Plan, rows_per_tile: int, *, transposed: bool = False) -> int:
+    """Items before any split: what decides whether splitting is needed, and how many heads make a wave."""
+    table, total_rows = (transpose(plan.rows), plan.total_k) if transposed else (plan.rows, plan.total_q)
+    return len(tile_rows(table, total_rows, rows_per_tile))
 
 
 def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
@@ -254,7 +258,11 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     after = _Runs(tile, col + inner_stop * block, steps - inner_stop, owner).drop_empty()
     edge = _Runs.merge(before, after)
 
-    return _emit(tiles, table, interior, edge, tiling)
+    component = np.full(len(tiles), -1)
+    if tiling.grid is not None:
+        # Rows of a tile belong together, so any slice that it meets tells.
+        component[tile] = components(table)[owner]
+    return _emit(tiles, table, interior, edge, component, tiling)
 
 
 @dataclass(frozen=True)
@@ -326,7 +334,7 @@ def _steps_before(runs: _Runs, start: IntArray) -> IntArray:
     return starts - starts[first_of_tile] + start[runs.tile] if len(runs.tile) else starts
 
 
-def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, tiling: Tiling) -> Stream:
+def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, component: IntArray, tiling: Tiling) -> Stream:
     n_tiles = len(tiles)
     interior_steps = np.bincount(interior.tile, weights=interior.n, minlength=n_tiles).astype(np.int64)
     edge_steps = np.bincount(edge.tile, weights=edge.n, minlength=n_tiles).astype(np.int64)
@@ -370,9 +378,14 @@ def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, tilin
     runs = np.zeros((n_interior + len(edge.tile) + 1, len(RUN_FIELDS)), np.int32)
     interior.fill(runs[:n_interior])
     edge.fill(runs[n_interior:-1], slices)
-    longest_first = np.argsort(-(items[:, 3] + items[:, 5]), kind="stable")
+    steps = items[:, 3] + items[:, 5]
+    if tiling.grid is None:
+        order, items[:, 7] = np.argsort(-steps, kind="stable"), BY_ROUND
+    else:
+        order, walks = arrange(steps, items[:, 5] == 0, component[item_tile], tiling.grid)
+        items[order, 7] = walks
     return Stream(
-        items=items[longest_first].astype(np.int32),
+        items=items[order].astype(np.int32),
         runs=runs,
         combines=combines.astype(np.int32),
         slots=int(split.sum()),

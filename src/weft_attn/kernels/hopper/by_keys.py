@@ -134,10 +134,10 @@ def produce(p, memory):
     step = 0
     turn = 0
     number = gl.program_id(0)
-    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr, True)
     while schedule.exists(number):
-        item, kv_head, _ = schedule.locate(number)
-        direction = schedule.direction_of(number)
+        item, kv_head, _, _ = schedule.locate(number)
+        direction = schedule.direction_of(number, p.items_ptr)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
@@ -148,11 +148,11 @@ def produce(p, memory):
         step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
         if is_short:
             # After the tiles that this turn begins with.
-            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
         step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
         if not is_short:
             number = schedule.take()
-            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
         turn += 1
     schedule.finish()
 

@@ -135,9 +135,9 @@ def _produce(p, memory):
     step = 0
     turn = 0
     number = gl.program_id(0)
-    schedule.tell(turn, number, p.items_ptr, p.runs_ptr)
+    schedule.tell(turn, number, p.items_ptr, p.runs_ptr, False)
     while schedule.exists(number):
-        item, head, _ = schedule.locate(number)
+        item, head, _, _ = schedule.locate(number)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
@@ -148,11 +148,11 @@ def _produce(p, memory):
         step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
         if is_short:
             # After the tiles that this turn begins with.
-            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
         if not is_short:
             number = schedule.take()
-            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr)
+            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         turn += 1
     schedule.finish()
 

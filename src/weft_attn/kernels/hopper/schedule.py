@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.tiles import ROWS
 from weft_attn.kernels.triton import layout
-from weft_attn.kernels.triton.tiles import direction_of_round, place_in_list
+from weft_attn.kernels.triton.tiles import direction_of_walk, place_in_list
 
 # Turns on their way to the consumers: one that they work on, which they hold to its end, the next, the one that is told, and one more,
 # so that the producer waits for nobody's end.
@@ -59,14 +59,14 @@ class Schedule:
 
     @gluon.jit
     def locate(self, number):
-        """What a number stands for: item, head and round (`place_in_list`)."""
+        """What a number stands for: item, head, wave and round (`place_in_list`)."""
         return place_in_list(number, self.n_items, self.n_heads, self.heads_per_wave, self.last_heads, gl.num_programs(0))
 
     @gluon.jit
-    def direction_of(self, number):
-        """Producer: which way the number's program walks interior tiles (`direction_of_round`), where that matters: in a backward by keys."""
-        _, _, round_number = self.locate(number)
-        return direction_of_round(round_number)
+    def direction_of(self, number, items_ptr):
+        """Producer: which way the number's program walks interior tiles (`direction_of_walk`), in a backward by keys."""
+        item, _, wave, round_number = self.locate(number)
+        return direction_of_walk(gl.load(items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_WALK), wave, round_number)
 
     @gluon.jit
     def is_short(self, n_tiles):
@@ -83,20 +83,24 @@ class Schedule:
         return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
 
     @gluon.jit
-    def tell(self, turn, number, items_ptr, runs_ptr):
-        """Producer: tell the consumers what `turn` works on: number, head, item and its first edge run, which they would wait for."""
+    def tell(self, turn, number, items_ptr, runs_ptr, HAS_DIRECTION: gl.constexpr):
+        """Producer: tell the consumers what `turn` works on: number, head, item and its first edge run, which they would wait for; with
+        `HAS_DIRECTION` also which way it is walked.
+        """
         slot = turn % SLOTS
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
         record = self.records.index(slot)
         fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
         record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
         if self.exists(number):
-            item, head, _ = self.locate(number)
+            item, head, _, _ = self.locate(number)
             item_ptr = items_ptr + item * layout.ITEM_WIDTH
             run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
             record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
             record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
-            head_and_direction = gl.where(fields == 0, head, self.direction_of(number))
+            head_and_direction = gl.zeros_like(fields) + head
+            if HAS_DIRECTION:
+                head_and_direction = gl.where(fields == 0, head, self.direction_of(number, items_ptr))
             record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(head_and_direction)
         mbarrier.arrive(self.full.index(slot), count=1)
 

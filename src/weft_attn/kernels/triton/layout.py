@@ -27,6 +27,11 @@ ITEM_INTERIOR_TILES = tl.constexpr(3)
 ITEM_EDGE_RUN = tl.constexpr(4)
 ITEM_EDGE_TILES = tl.constexpr(5)
 ITEM_SLOT = tl.constexpr(6)
+ITEM_WALK = tl.constexpr(7)
+
+# Codes of a walk (plan/in_step.py)
+WALK_BY_ITEM = tl.constexpr(1)
+WALK_UP_IN_EVEN = tl.constexpr(2)
 
 # RUN_FIELDS; rows and columns as the kernel sees them (the dK/dV kernel walks the transposed plan)
 RUN_WIDTH = tl.constexpr(8)

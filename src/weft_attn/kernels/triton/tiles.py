@@ -28,7 +28,7 @@ def program_item_and_head(n_items, n_heads, heads_per_wave):
 
 @triton.jit
 def place_in_list(number, n_items, n_heads, heads_per_wave, last_heads, programs):
-    """What a number of a persistent grid's list stands for: item, head and round.
+    """What a number of a persistent grid's list stands for: item, head, wave and round.
 
     The list is in the order of `program_item_and_head`, but the last wave has `last_heads` heads or more, so that it lasts as long as its
     longest item. A wave's numbers are cut into equal rounds, as many as programs go into them, rounded; rounds count over the whole list.
@@ -43,7 +43,7 @@ def place_in_list(number, n_items, n_heads, heads_per_wave, last_heads, programs
     numbers = n_items * heads
     rounds = _rounds(numbers, programs)
     round_length = (numbers + rounds - 1) // rounds
-    return within // heads, first_head + within % heads, wave * _rounds(full, programs) + within // round_length
+    return within // heads, first_head + within % heads, wave, wave * _rounds(full, programs) + within // round_length
 
 
 @triton.jit
@@ -61,6 +61,13 @@ def direction_of_round(round_number):
     read from memory once, however much longer than the L2 cache the sequence is.
     """
     return tl.where(round_number % 2 == 0, -1, 1)
+
+
+@triton.jit
+def direction_of_walk(walk, wave, round_number):
+    """Which way an item is walked: its round's, or its own in even and odd waves (plan/in_step.py)."""
+    own = tl.where((walk & (layout.WALK_UP_IN_EVEN << (wave % 2))) != 0, 1, -1)
+    return tl.where((walk & layout.WALK_BY_ITEM) != 0, own, direction_of_round(round_number))
 
 
 def row_strides(**tensors: torch.Tensor) -> dict[str, int]:

@@ -1,0 +1,140 @@
+"""In which order a persistent grid takes a plan's items and which way it walks each, so that programs read the same tiles at the same time.
+
+What programs read together is read from memory once. An item begins when a program is free and then takes a tile a step; two items
+that see the same tiles up to a common last one are in step
+
+    walking down from that tile    if they begin together
+    walking up to it               if they end together
+
+The host foresees when items begin, well enough to say which is nearer. Three things follow for the order. Items of documents that share
+nothing are listed document by document, largest first, where there are enough of them: a document's tiles are then in the cache while it
+lasts. Inside a document, items that see all of the same tiles come first and so stay together, before those that see fewer and fewer,
+which begin and end one by one. And the last items of the list, of whatever document, are taken longest first, so that programs end
+together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START
+
+IntArray = NDArray[np.int64]
+
+# Codes of an item's walk. BY_ROUND: down and up in turn, as `kernels/triton/tiles.py: direction_of_round` says. Otherwise BY_ITEM, plus
+# UP_IN_EVEN and UP_IN_ODD where it is walked up in even waves of heads, or in odd ones.
+BY_ROUND, BY_ITEM, UP_IN_EVEN, UP_IN_ODD = 0, 1, 2, 4
+# Rounds of a grid from which on documents are listed one after the other: with fewer, programs end too unevenly.
+ROUNDS_BY_DOCUMENT = 2.5
+# Steps that an item takes beside its tiles.
+ITEM_STEPS = 1
+# Items that are foreseen to begin at once, one of so many of all.
+FORESEEN_TOGETHER = 128
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A persistent grid that takes the items of a wave of heads, then those of the next.
+
+    Attributes:
+        programs: that run at a time.
+        heads_per_wave: heads of a wave; an item's come one after the other.
+    """
+
+    programs: int
+    heads_per_wave: int
+
+
+def components(table: IntArray) -> IntArray:
+    """(slices,) which slices of a slice table belong together, directly or through others: they share rows or columns. Numbered from 0."""
+    rows = _overlapping(table[:, Q_START], table[:, Q_LEN])
+    columns = _overlapping(table[:, K_START], table[:, K_LEN])
+    found = np.arange(rows.max(initial=-1) + 1)
+    while True:
+        of_columns = np.full(columns.max(initial=-1) + 1, len(found))
+        np.minimum.at(of_columns, columns, found[rows])
+        lower = found.copy()
+        np.minimum.at(lower, rows, of_columns[columns])
+        if np.array_equal(lower, found):
+            return np.unique(found[rows], return_inverse=True)[1].astype(np.int64)
+        found = lower
+
+
+def _overlapping(start: IntArray, length: IntArray) -> IntArray:
+    """Numbers of the groups of intervals that overlap, directly or through others."""
+    order = np.argsort(start, kind="stable")
+    reach = np.maximum.accumulate((start + length)[order])
+    begins = np.concatenate([[False], start[order][1:] >= reach[:-1]])
+    found = np.empty(len(start), np.int64)
+    found[order] = np.cumsum(begins)
+    return found
+
+
+def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> tuple[IntArray, IntArray]:
+    """The order of a plan's items, and the walk of each, in that order.
+
+    Args:
+        steps: (items,) tiles of each item.
+        is_flat: whether it has no edge tiles.
+        component: which items may see the same tiles (`components`).
+    """
+    by_document = len(steps) >= ROUNDS_BY_DOCUMENT * grid.programs and len(np.unique(component)) > 1
+    flat = is_flat & (steps > 0)
+    if not by_document:
+        component = np.zeros_like(component)
+        if flat.all() or not flat.any():
+            return np.argsort(-steps, kind="stable"), np.full(len(steps), BY_ROUND)
+    of_component = np.unique(component, return_inverse=True)[1]
+    longest = np.zeros(of_component.max(initial=-1) + 1, np.int64)
+    np.maximum.at(longest, of_component, steps)
+    # Only before ramps that make the programs end together again.
+    has_ramp = np.bincount(of_component, weights=~is_flat) * grid.heads_per_wave >= grid.programs
+    late = ~flat & has_ramp[of_component]
+    order = np.lexsort((-steps, late, of_component, -longest[of_component]))
+    if by_document:
+        last = order[-(grid.programs // 2) :]
+        order[-len(last) :] = last[np.argsort(-steps[last], kind="stable")]
+    return order, _walks(steps[order], of_component[order], grid)
+
+
+def _walks(steps: IntArray, component: IntArray, grid: Grid) -> IntArray:
+    """The walk of each item of a list."""
+    heads = grid.heads_per_wave
+    lengths, component = np.repeat(steps + ITEM_STEPS, heads), np.repeat(component, heads)
+    count = len(lengths)
+    rounds = max(1, round(count / grid.programs))
+    of_round = np.arange(count) // -(-count // rounds)
+    # Items of a component and a round, one after the other, decide together.
+    edges = (component[1:] != component[:-1]) | (of_round[1:] != of_round[:-1])
+    first = np.flatnonzero(np.concatenate([[True], edges]))
+    sizes = np.diff(np.append(first, count))
+    walks = np.full(count, BY_ITEM)
+    for begin, up in zip(_begins(lengths, grid.programs, waves=2), (UP_IN_EVEN, UP_IN_ODD), strict=True):
+        walks += np.repeat(np.where(_spread(begin + lengths, first, sizes) < _spread(begin, first, sizes), up, 0), sizes)
+    return walks[::heads]
+
+
+def _spread(times: IntArray, first: IntArray, sizes: IntArray) -> NDArray[np.float64]:
+    """How far apart the times of each segment are: the mean distance from their mean."""
+    means = np.add.reduceat(times, first) / sizes
+    spread: NDArray[np.float64] = np.add.reduceat(np.abs(times - np.repeat(means, sizes)), first) / sizes
+    return spread
+
+
+def _begins(lengths: IntArray, programs: int, waves: int) -> list[IntArray]:
+    """When each item of a wave's list begins, for one wave after the other: whoever is free first takes the next."""
+    free = np.zeros(programs, np.int64)
+    together = min(programs, max(1, -(-waves * len(lengths) // FORESEEN_TOGETHER)))
+    found = []
+    for _ in range(waves):
+        begins = np.empty_like(lengths)
+        for at in range(0, len(lengths), together):
+            free.sort()
+            taken = lengths[at : at + together]
+            begins[at : at + together] = free[: len(taken)]
+            free[: len(taken)] += taken
+        found.append(begins)
+    return found
