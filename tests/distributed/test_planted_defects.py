@@ -17,7 +17,7 @@ import torch
 
 from weft_attn.distributed import context_parallel, gathered, shard
 from weft_attn.distributed.collectives import Ranks
-from weft_attn.distributed.groups import Groups, head_groups
+from weft_attn.distributed.groups import Groups, Pass, head_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.plan import Plan, build
 from weft_attn.testing.cases import Case
@@ -29,6 +29,9 @@ ATTENTION = Case(heads=8, kv_heads=4, softcap=2.0, softmax_scale=0.3, sinks=True
 CASES = [
     ParallelCase(lengths=(17, 0, 1, 8), attention=ATTENTION, window=(6, None), heads_per_group=1),
     ParallelCase(lengths=(17, 0, 1, 8), attention=ATTENTION, heads_per_group=1, keep_gathered=True),
+    ParallelCase(
+        lengths=(17, 0, 1, 8), attention=replace(ATTENTION, heads=6, kv_heads=3), group_sizes=((1, 2), (1, 1, 1)), merged=True
+    ),
 ]
 
 Defect = Callable[[], AbstractContextManager[Any]]
@@ -120,12 +123,13 @@ def gathered_before_it_is_read(original: Any, self: Any, group: int) -> Any:
 
 def without_the_last_group(*given: Any) -> Groups:
     groups = head_groups(*given)
-    return Groups(groups.forward[:-1], groups.backward[:-1])
+    return Groups(*(replace(one, attention=one.attention[:-1]) for one in (groups.forward, groups.backward)))
 
 
 def sums_of_a_group_late(original: Any, self: Any, group: int) -> Any:
-    if group >= len(self.partial.memory):
-        self.pending.pop(group - len(self.partial.memory)).wait()
+    at = self.groups.reduce_of(group)
+    if at >= len(self.partial.memory):
+        self.pending.pop(at - len(self.partial.memory)).wait()
     return original(self, group)
 
 
@@ -133,9 +137,13 @@ def reduce_in_bfloat16(original: Any, self: Any, k: Any, v: Any, call: Any) -> N
     original(self, k, v, replace(call, grad_reduce_dtype=torch.bfloat16))
 
 
-def gradients_of_the_first_heads(original: Any, self: Any, group: int) -> None:
-    self.groups = [self.groups[0]] * len(self.groups)
-    original(self, group)
+def gradients_of_the_first_heads(original: Any, self: Any, at: int) -> None:
+    self.groups = replace(self.groups, reduces=self.groups.reduces[:1] * len(self.groups.reduces))
+    original(self, at)
+
+
+def first_heads_of_a_buffer(views: Any, held: slice, heads: slice) -> Any:
+    return tuple(x[:, : heads.stop - heads.start] for x in views)
 
 
 DEFECTS: dict[str, Defect] = {
@@ -168,6 +176,10 @@ DEFECTS: dict[str, Defect] = {
     "gradients summed in bfloat16": around(gathered._Reduce, "__init__", reduce_in_bfloat16),
     "gradients: those of another rank": around(
         Ranks, "reduce_scatter", lambda original, self, output, buffer: original(self, output, buffer.roll(len(output), 0))
+    ),
+    "gather: a launch takes the first heads of its buffer": attribute(gathered, "heads_within", first_heads_of_a_buffer),
+    "gradients: reduced after the first launch of theirs": attribute(
+        Pass, "ends_reduce", lambda self, group: self.attention[group].start == self.reduces[self.reduce_of(group)].start
     ),
     "gradients not summed over ranks": attribute(Ranks, "reduce_scatter", own_part_only),
     "gradients written to the wrong heads": around(gathered._Reduce, "finish", gradients_of_the_first_heads),

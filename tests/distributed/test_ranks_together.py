@@ -87,7 +87,7 @@ def logged_work(case: ParallelCase) -> list[str]:
 def bytes_taken(rank: int, world_size: int) -> list[tuple[int, ...]]:
     """What buffers of a forward and a backward take, and what `memory` says of it."""
     of, found = CASE.attention, []
-    uneven = (((1, 3), (1, 2, 1)), ((1, 3), (3, 1)))
+    uneven = (((1, 3), (1, 2, 1)), ((1, 3), (1, 3)))
     for keep, heads_per_group, sizes in (
         *((keep, heads, None) for keep in (False, True) for heads in (None, 1, 2)),
         (False, None, uneven[0]),

@@ -19,6 +19,7 @@ CASES = [
     ParallelCase("zigzag", LENGTHS, MODEL, window=(100, None), heads_per_group=1, keep_gathered=True),
     ParallelCase("zigzag", LENGTHS, MODEL, group_sizes=((1, 3), (1, 2, 1))),
     ParallelCase("contiguous", LENGTHS, MODEL, group_sizes=((1, 2, 1), (1, 2, 1)), keep_gathered=True),
+    ParallelCase("zigzag", LENGTHS, MODEL, group_sizes=((1, 3), (1, 2, 1)), merged=True),
     ParallelCase("striped", LENGTHS, Case(heads=8, kv_heads=1, head_dim=128, head_dim_v=64, dtype=torch.float16)),
     ParallelCase("contiguous", (1,), MODEL),
     ParallelCase("zigzag", (3001,), MODEL, deterministic=False),

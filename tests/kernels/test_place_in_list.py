@@ -9,17 +9,25 @@ import torch
 import triton
 import triton.language as tl
 
-from weft_attn.kernels.triton.tiles import direction_of_round, place_in_list, program_item_and_head
+from weft_attn.kernels.triton.tiles import direction_of_walk, place_in_list, program_item_and_head
+from weft_attn.plan.in_step import BY_ITEM, BY_ROUND, UP_IN_EVEN, UP_IN_ODD
 
 
 @triton.jit
 def _place_kernel(out_ptr, total, n_items, n_heads, per_wave, last_heads, programs):  # type: ignore[no-untyped-def]
     for number in range(total):
-        item, head, round_number = place_in_list(number, n_items, n_heads, per_wave, last_heads, programs)
+        item, head, wave, round_number = place_in_list(number, n_items, n_heads, per_wave, last_heads, programs)
         tl.store(out_ptr + 4 * number, item)
         tl.store(out_ptr + 4 * number + 1, head)
         tl.store(out_ptr + 4 * number + 2, round_number)
-        tl.store(out_ptr + 4 * number + 3, direction_of_round(round_number))
+        tl.store(out_ptr + 4 * number + 3, wave)
+
+
+@triton.jit
+def _direction_kernel(out_ptr, walk, waves):  # type: ignore[no-untyped-def]
+    for wave in range(waves):
+        for round_number in range(2):
+            tl.store(out_ptr + 2 * wave + round_number, direction_of_walk(walk, wave, round_number))
 
 
 @triton.jit
@@ -30,7 +38,7 @@ def _portable_kernel(out_ptr, n_items, n_heads, per_wave):  # type: ignore[no-un
 
 
 def places(n_items: int, heads: int, per_wave: int, last_heads: int, programs: int) -> torch.Tensor:
-    """(numbers, 4) item, head, round, direction."""
+    """(numbers, 4) item, head, round, wave."""
     out = torch.full((n_items * heads, 4), -9, dtype=torch.int32)
     _place_kernel[(1,)](out, len(out), n_items, heads, per_wave, last_heads, programs)
     return out
@@ -83,7 +91,6 @@ def test_rounds_follow_each_other_are_about_a_grid_long_and_turn(shape: tuple[in
     assert rounds[0] == 0
     steps = rounds[1:] - rounds[:-1]
     assert ((steps == 0) | (steps == 1)).all()
-    assert torch.equal(found[:, 3], torch.where(rounds % 2 == 0, -1, 1).to(torch.int32))
     assert rounds.unique(return_counts=True)[1].max() < 2 * programs
 
 
@@ -91,3 +98,28 @@ def test_two_rounds_of_causal_items_are_one_wave() -> None:
     # 128 items on 132 programs: two heads a wave, each wave 256 numbers.
     rounds = places(128, 8, 2, 2, 132)[:, 2]
     assert rounds.view(4, 2, 128).eq(torch.arange(8).view(4, 2, 1)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_wave_is_counted_where_its_heads_begin(shape: tuple[int, ...]) -> None:
+    found = places(*shape)
+    per_wave = shape[2]
+    waves = found[:, 3]
+    assert waves[0] == 0
+    assert torch.equal(waves, torch.minimum(found[:, 1] // per_wave, waves.max()))
+
+
+@pytest.mark.parametrize(
+    ("walk", "expected"),
+    [
+        (BY_ROUND, [-1, 1, -1, 1, -1, 1]),
+        (BY_ITEM, [-1] * 6),
+        (BY_ITEM + UP_IN_EVEN, [1, 1, -1, -1, 1, 1]),
+        (BY_ITEM + UP_IN_ODD, [-1, -1, 1, 1, -1, -1]),
+        (BY_ITEM + UP_IN_EVEN + UP_IN_ODD, [1] * 6),
+    ],
+)
+def test_a_walk_is_what_the_host_says_of_it(walk: int, expected: list[int]) -> None:
+    out = torch.zeros(6, dtype=torch.int32)
+    _direction_kernel[(1,)](out, walk, 3)
+    assert out.tolist() == expected

@@ -18,7 +18,7 @@ from weft_attn.kernels.triton.visibility import (
     next_tile_of_walk,
     visible_interval,
 )
-from weft_attn.plan import slices, stream
+from weft_attn.plan import in_step, slices, stream
 from weft_attn.testing.cases import PLANS
 
 ROWS = 32
@@ -151,7 +151,7 @@ def test_a_walk_back_takes_each_run_from_its_last_tile(name: str) -> None:
 def test_device_constants_are_the_host_tables_columns() -> None:
     for fields, prefix in ((stream.ITEM_FIELDS, "ITEM"), (stream.RUN_FIELDS, "RUN"), (stream.COMBINE_FIELDS, "COMBINE")):
         assert getattr(layout, f"{prefix}_WIDTH").value == len(fields)
-    items = {"row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot"}
+    items = {"row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "walk"}
     for field in items:
         assert getattr(layout, f"ITEM_{field.upper()}").value == stream.ITEM_FIELDS.index(field)
     # Kernels say row and column where the forward's table says query and key.
@@ -159,6 +159,8 @@ def test_device_constants_are_the_host_tables_columns() -> None:
         assert getattr(layout, f"RUN_{device}").value == stream.RUN_FIELDS.index(host)
     for field in ("col", "n_tiles", "lo", "hi"):
         assert getattr(layout, f"RUN_{field.upper()}").value == stream.RUN_FIELDS.index(field)
+    assert (layout.WALK_BY_ITEM.value, layout.WALK_UP_IN_EVEN.value) == (in_step.BY_ITEM, in_step.UP_IN_EVEN)
+    assert in_step.UP_IN_ODD == layout.WALK_UP_IN_EVEN.value << 1
     for field in stream.COMBINE_FIELDS:
         assert getattr(layout, f"COMBINE_{field.upper()}").value == stream.COMBINE_FIELDS.index(field)
 

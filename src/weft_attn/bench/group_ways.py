@@ -22,7 +22,7 @@ from weft_attn.bench.cases import Tensors
 from weft_attn.bench.oracle import Oracle
 from weft_attn.bench.workload import Workload
 from weft_attn.distributed import gathered
-from weft_attn.distributed.groups import Groups, equal_groups
+from weft_attn.distributed.groups import Groups, Pass, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.testing.compare import Budget
 
@@ -147,7 +147,7 @@ def in_groups(groups: tuple[slice, ...]) -> contextlib.AbstractContextManager[No
     from weft_attn.distributed import context_parallel
 
     def chosen(*_arguments: object) -> Groups:
-        return Groups(groups, groups)
+        return Groups(Pass.each(groups), Pass.each(groups))
 
     return _exchanged(context_parallel, head_groups=chosen)
 

@@ -20,7 +20,7 @@ from weft_attn.bench.group_ways import BOTH, COMMUNICATION, KERNELS, WEFT
 from weft_attn.bench.rates import ALL_GATHER, GPUS_PER_NODE, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import GroupRecord
 from weft_attn.bench.workload import Workload
-from weft_attn.distributed.groups import head_groups, head_times, overlapped_ms
+from weft_attn.distributed.groups import Groups, counts, head_groups, head_times, overlapped_ms
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.errors import InvalidInput, Unsupported, require
 from weft_attn.plan.build import concat_lengths
@@ -96,7 +96,7 @@ class Prediction:
         balance: most pairs of a rank over the mean.
         gathered_bytes: received by a rank in the forward; backward_bytes: received in the backward, gathers and reductions.
         memory_bytes: extra memory of the worst moment.
-        forward_groups, backward_groups: KV heads of each group, in order of work.
+        groups: of KV heads: what is attended to, gathered and reduced together.
         forward, backward: times of the passes.
     """
 
@@ -107,8 +107,7 @@ class Prediction:
     gathered_bytes: int
     backward_bytes: int
     memory_bytes: int
-    forward_groups: tuple[int, ...]
-    backward_groups: tuple[int, ...]
+    groups: Groups
     forward: PassTime
     backward: PassTime
 
@@ -127,10 +126,10 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
     _require_rates(workload, hardware)
     tokens, pairs = work_by_rank(workload)
     memory = _memory(workload, int(tokens.max()))
-    sizes = _group_sizes(workload, int(tokens.max()), int(pairs.sum()), memory)
+    groups = _groups(workload, int(tokens.max()), int(pairs.sum()), memory)
     row_bytes = int(tokens.max()) * model.kv_heads * 2 * model.head_dim
     shares = row_bytes * model.dtype.itemsize, row_bytes * GRADIENT_BYTES
-    forward, backward = _times(workload, hardware, tokens, pairs, sizes, memory.in_turn, *shares)
+    forward, backward = _times(workload, hardware, tokens, pairs, groups, memory.in_turn, *shares)
     return Prediction(
         workload=workload,
         rank_tokens=int(tokens.max()),
@@ -139,8 +138,7 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         gathered_bytes=shares[0] * (world_size - 1),
         backward_bytes=sum(shares) * (world_size - 1),
         memory_bytes=memory.backward,
-        forward_groups=sizes[0],
-        backward_groups=sizes[1],
+        groups=groups,
         forward=forward,
         backward=backward,
     )
@@ -163,8 +161,8 @@ def _memory(workload: Workload, rank_stride: int) -> Memory:
         raise InvalidInput(f"on {workload.world_size} ranks: {error}") from None
 
 
-def _group_sizes(workload: Workload, rank_stride: int, pairs: int, memory: Memory) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """KV heads of the forward's and of the backward's groups."""
+def _groups(workload: Workload, rank_stride: int, pairs: int, memory: Memory) -> Groups:
+    """What `ContextParallel` chooses."""
     model = workload.model
     times = head_times(
         world_size=workload.world_size,
@@ -175,9 +173,7 @@ def _group_sizes(workload: Workload, rank_stride: int, pairs: int, memory: Memor
         element_bytes=model.dtype.itemsize,
         gradient_bytes=GRADIENT_BYTES,
     )
-    groups = head_groups(model.kv_heads, memory.largest, memory.in_turn, False, *times)
-    forward, backward = (tuple(one.stop - one.start for one in of_pass) for of_pass in (groups.forward, groups.backward))
-    return forward, backward
+    return head_groups(model.kv_heads, memory.largest, memory.in_turn, False, *times)
 
 
 def work_by_rank(workload: Workload) -> tuple[IntArray, IntArray]:
@@ -197,7 +193,7 @@ def _times(
     hardware: Hardware,
     tokens: IntArray,
     pairs: IntArray,
-    sizes: tuple[tuple[int, ...], tuple[int, ...]],
+    groups: Groups,
     in_turn: int | None,
     gather_bytes: int,
     reduce_bytes: int,
@@ -205,14 +201,19 @@ def _times(
     """Of a forward and a backward; `gather_bytes` and `reduce_bytes` are a rank's of all heads."""
     world_size, kv_heads = workload.world_size, workload.model.kv_heads
     found = []
-    for pass_name, heads, reduced in zip(PASSES, sizes, (0, reduce_bytes), strict=True):
-        kernels = [float(kernels_ms(workload, hardware.rates, pass_name, tokens, pairs, n).max()) for n in heads]
+    for pass_name, of_pass, reduced in zip(PASSES, (groups.forward, groups.backward), (0, reduce_bytes), strict=True):
+        kernels = [
+            float(kernels_ms(workload, hardware.rates, pass_name, tokens, pairs, n).max()) for n in counts(of_pass.attention)
+        ]
         gathers, reduces = (
-            [hardware.collective_ms(operation, n / kv_heads * share, world_size) if share else 0.0 for n in heads]
-            for operation, share in ((ALL_GATHER, gather_bytes), (REDUCE_SCATTER, reduced))
+            [hardware.collective_ms(operation, n / kv_heads * share, world_size) if share else 0.0 for n in counts(heads)]
+            for operation, heads, share in (
+                (ALL_GATHER, of_pass.gathers, gather_bytes),
+                (REDUCE_SCATTER, of_pass.reduces, reduced),
+            )
         )
         whole = kernels_ms(workload, hardware.rates, pass_name, tokens.sum(keepdims=True), pairs.sum(keepdims=True), kv_heads)
-        total = overlapped_ms(kernels, gathers, reduces, in_turn)
+        total = overlapped_ms(of_pass, kernels, gathers, reduces, in_turn)
         found.append(PassTime(sum(kernels), sum(gathers) + sum(reduces), total, float(whole[0]) / world_size))
     return found[0], found[1]
 

@@ -20,6 +20,10 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+# A GPU's clock cycles that a collective needs to begin, with room: some 12 microseconds.
+HEAD_START_CYCLES = 20_000
+
+
 class Pending(Protocol):
     """A collective under way."""
 
@@ -94,6 +98,15 @@ class Ranks:
         """Start to fill a contiguous buffer (W * rows, ...) with every rank's own rows of it; this rank's are there already."""
         pending: Pending = _all_gather(buffer, self.own_rows(buffer), group=self.group, async_op=True)
         return pending
+
+    def let_start(self, device: torch.device) -> None:
+        """Let a collective that is ready now begin before what the compute stream is given next.
+
+        A kernel that takes every multiprocessor until its end would otherwise win or lose a race with it: where it wins, the other
+        ranks' part of the collective holds multiprocessors of theirs and waits.
+        """
+        if device.type == "cuda":
+            torch.cuda._sleep(HEAD_START_CYCLES)
 
     def reduce_scatter(self, output: torch.Tensor, buffer: torch.Tensor) -> Pending:
         """Start to add up this rank's rows of every rank's buffer (W * rows, ...) into output (rows, ...); both contiguous."""

@@ -1,15 +1,15 @@
 """Attention over the keys of all ranks, gathered a group of KV heads at a time, and its gradients scattered back.
 
-    forward     gather later groups  |  attention on group g
-    backward    gather later groups  |  gradients of group g  |  reduce-scatter earlier groups
+    forward     gather later heads  |  attention on a group
+    backward    gather later heads  |  gradients of a group  |  reduce-scatter earlier ones
 
-K lies beside V in one buffer (W * rank_stride, G * (D + Dv)): one collective a group, in place. Attention reads both as strided
+K lies beside V in one buffer (W * rank_stride, G * (D + Dv)) for the G heads of a collective, in place. Attention reads both as strided
 views of it, in rank order: nothing is copied or reordered. Rows between a rank's last and its stride are padding: they hold
 whatever memory held, and no slice of the plan reaches them.
 
-Every group has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention: each begins
-as soon as the one before it is done, without waiting for multiprocessors that a running attention holds. Otherwise two buffers take
-turns. Which heads make a group: groups.py.
+Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention, which
+lets the next one begin first: it would have to wait for multiprocessors that a running attention holds. Otherwise two buffers take
+turns. Which heads are attended to together, gathered and reduced: groups.py.
 
 On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
 what is queued after its `wait` starts after it.
@@ -24,7 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from weft_attn.distributed.collectives import Pending, Ranks
-from weft_attn.distributed.groups import Groups
+from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.plan.slices import Plan
 
@@ -35,7 +35,7 @@ class Call:
 
     Attributes:
         plan: this rank's rows over the keys of all ranks, rank r's from row r * rank_stride.
-        groups: of KV heads, in order of work.
+        groups: of KV heads, of both passes.
         largest, in_turn: of `Memory`.
         keep_gathered: keep the gathered keys and values for the backward, instead of gathering again.
         grad_reduce_dtype: what partial gradients of keys and values are kept and summed in.
@@ -62,7 +62,7 @@ def gathered_attention(
     return result
 
 
-# ---- buffers in turn ------------------------------------------------------------------------------------------------------
+# ---- buffers --------------------------------------------------------------------------------------------------------------
 
 
 def keys_beside_values(buffer: torch.Tensor, head_dim: int, head_dim_v: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,12 +72,18 @@ def keys_beside_values(buffer: torch.Tensor, head_dim: int, head_dim_v: int) -> 
     return k.unflatten(1, (heads, head_dim)), v.unflatten(1, (heads, head_dim_v))
 
 
+def heads_within(views: tuple[torch.Tensor, torch.Tensor], held: slice, heads: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views (rows, heads, D) and (rows, heads, Dv) of some of the heads that a buffer holds."""
+    k, v = (x[:, heads.start - held.start : heads.stop - held.start] for x in views)
+    return k, v
+
+
 class _Turns:
-    """Buffers (rows, G * (D + Dv)) for one group after another.
+    """Buffers (rows, G * (D + Dv)) for the heads of one collective after another.
 
     Args:
-        in_turn: how many there are, of `largest` heads: a group's buffer is taken again so many groups later. None: one for each
-            group.
+        held: heads of each.
+        in_turn: how many there are, of `largest` heads: one is taken again so many collectives later. None: one for each.
     """
 
     def __init__(
@@ -85,86 +91,97 @@ class _Turns:
         rows: int,
         k: torch.Tensor,
         v: torch.Tensor,
-        groups: tuple[slice, ...],
+        held: tuple[slice, ...],
         largest: int,
         in_turn: int | None,
         dtype: torch.dtype,
     ) -> None:
         self.dims = (k.shape[2], v.shape[2])
-        self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in groups]
+        self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in held]
         self.rows = rows
         widths = self.widths if in_turn is None else [largest * sum(self.dims)] * in_turn
         self.memory = [torch.empty(rows * width, dtype=dtype, device=k.device) for width in widths]
 
-    def buffer(self, group: int) -> torch.Tensor:
-        width = self.widths[group]
-        return self.memory[group % len(self.memory)][: self.rows * width].view(self.rows, width)
+    def buffer(self, at: int) -> torch.Tensor:
+        width = self.widths[at]
+        return self.memory[at % len(self.memory)][: self.rows * width].view(self.rows, width)
 
-    def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys_beside_values(self.buffer(group), *self.dims)
+    def views(self, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys_beside_values(self.buffer(at), *self.dims)
 
 
 class _Gather:
-    """The keys and values of all ranks, a group of heads at a time."""
+    """The keys and values of all ranks, some heads at a time."""
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: tuple[slice, ...], in_turn: int | None) -> None:
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: Pass, in_turn: int | None) -> None:
         self.k, self.v, self.call, self.groups = k, v, call, groups
-        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups, call.largest, in_turn, k.dtype)
+        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups.gathers, call.largest, in_turn, k.dtype)
         self.pending: dict[int, Pending] = {}
-        for group in range(len(self.turns.memory)):
-            self.start(group)
+        for at in range(len(self.turns.memory)):
+            self.start(at)
 
-    def start(self, group: int) -> None:
-        if group < len(self.groups):
-            buffer = self.turns.buffer(group)
+    def start(self, at: int) -> None:
+        """Start the gather of this number, if there is one."""
+        if at < len(self.groups.gathers):
+            buffer = self.turns.buffer(at)
             own = keys_beside_values(self.call.ranks.own_rows(buffer), *self.turns.dims)
             for place, x in zip(own, (self.k, self.v), strict=True):
-                place[: len(x)].copy_(x[:, self.groups[group]])
-            self.pending[group] = self.call.ranks.all_gather(buffer)
+                place[: len(x)].copy_(x[:, self.groups.gathers[at]])
+            self.pending[at] = self.call.ranks.all_gather(buffer)
 
     def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A group's keys and values; starts on the group whose turn it is to have the buffer of the group before."""
+        """A group's keys and values; starts the gather whose turn it is to have the buffer of the group before."""
         if group > 0:
             self.start(group - 1 + len(self.turns.memory))
-        self.pending.pop(group).wait()
-        return self.turns.views(group)
+        at = self.groups.gather_of(group)
+        if at in self.pending:
+            self.pending.pop(at).wait()
+            if self.pending:
+                self.call.ranks.let_start(self.k.device)
+        return heads_within(self.turns.views(at), self.groups.gathers[at], self.groups.attention[group])
 
 
 class _Kept:
     """The keys and values that the forward kept, by the groups of the backward, as `_Gather` gives them."""
 
-    def __init__(self, buffers: list[torch.Tensor], dims: tuple[int, int]) -> None:
-        self.buffers, self.dims = buffers, dims
+    def __init__(self, buffers: list[torch.Tensor], dims: tuple[int, int], groups: Pass) -> None:
+        self.buffers, self.dims, self.groups = buffers, dims, groups
 
     def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys_beside_values(self.buffers[group], *self.dims)
+        at = self.groups.gather_of(group)
+        views = keys_beside_values(self.buffers[at], *self.dims)
+        return heads_within(views, self.groups.gathers[at], self.groups.attention[group])
 
 
 class _Reduce:
-    """Partial gradients of all ranks' keys and values, a group of heads at a time, summed over ranks into this rank's own."""
+    """Partial gradients of all ranks' keys and values, some heads at a time, summed over ranks into this rank's own."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
         self.call, self.groups = call, call.groups.backward
         self.dk, self.dv = k.new_empty(k.shape), v.new_empty(v.shape)
-        stride, turns = call.rank_stride, (self.groups, call.largest, call.in_turn, call.grad_reduce_dtype)
+        stride, turns = call.rank_stride, (self.groups.reduces, call.largest, call.in_turn, call.grad_reduce_dtype)
         self.partial = _Turns(call.ranks.world_size * stride, k, v, *turns)
         self.sums = _Turns(stride, k, v, *turns)
         self.pending: dict[int, Pending] = {}
 
     def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a group's dK and dV of all ranks' keys go; finishes the group that had the buffer before."""
-        self.finish(group - len(self.partial.memory))
-        return self.partial.views(group)
+        """Where a group's dK and dV of all ranks' keys go; finishes the reduce-scatter that had the buffer before."""
+        at = self.groups.reduce_of(group)
+        self.finish(at - len(self.partial.memory))
+        return heads_within(self.partial.views(at), self.groups.reduces[at], self.groups.attention[group])
 
     def start(self, group: int) -> None:
-        self.pending[group] = self.call.ranks.reduce_scatter(self.sums.buffer(group), self.partial.buffer(group))
+        """Start the reduce-scatter that a group is the last of."""
+        if self.groups.ends_reduce(group):
+            at = self.groups.reduce_of(group)
+            self.pending[at] = self.call.ranks.reduce_scatter(self.sums.buffer(at), self.partial.buffer(at))
 
-    def finish(self, group: int) -> None:
-        """Wait for a group's sums, if it is one that has started, and put them with those of the other heads."""
-        if group in self.pending:
-            self.pending.pop(group).wait()
-            heads = self.groups[group]
-            for whole, summed in zip((self.dk, self.dv), self.sums.views(group), strict=True):
+    def finish(self, at: int) -> None:
+        """Wait for the sums of this number, if they are under way, and put them with those of the other heads."""
+        if at in self.pending:
+            self.pending.pop(at).wait()
+            heads = self.groups.reduces[at]
+            for whole, summed in zip((self.dk, self.dv), self.sums.views(at), strict=True):
                 whole[:, heads].copy_(summed[: len(whole)])
 
 
@@ -180,7 +197,7 @@ class _GatheredAttention(torch.autograd.Function):
         gather = _Gather(k, v, call, groups, None if call.keep_gathered else call.in_turn)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-        for group, heads in enumerate(groups):
+        for group, heads in enumerate(groups.attention):
             k_all, v_all = gather.take(group)
             queries = query_heads(heads, share)
             attention_into(
@@ -195,7 +212,7 @@ class _GatheredAttention(torch.autograd.Function):
                 out[:, queries],
                 lse[queries],
             )
-        kept = [gather.turns.buffer(group) for group in range(len(groups))] if call.keep_gathered else []
+        kept = [gather.turns.buffer(at) for at in range(len(groups.gathers))] if call.keep_gathered else []
         ctx.save_for_backward(q, k, v, sinks, out, lse, *kept)
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -208,12 +225,12 @@ class _GatheredAttention(torch.autograd.Function):
         call: Call = ctx.call
         needs_q, needs_k, needs_v, needs_sinks, _ = ctx.needs_input_grad
         groups, share = call.groups.backward, q.shape[1] // k.shape[1]
-        source = _Kept(kept[::-1], (k.shape[2], v.shape[2])) if kept else _Gather(k, v, call, groups, call.in_turn)
+        source = _Kept(kept, (k.shape[2], v.shape[2]), groups) if kept else _Gather(k, v, call, groups, call.in_turn)
         reduce = _Reduce(k, v, call) if needs_k or needs_v else None
         dout = torch.zeros_like(out) if dout is None else dout
         dq = q.new_empty(q.shape) if needs_q else None
         dsinks = torch.empty_like(sinks) if needs_sinks else None
-        for group, heads in enumerate(groups):
+        for group, heads in enumerate(groups.attention):
             k_all, v_all = source.take(group)
             queries = query_heads(heads, share)
             dk_all, dv_all = (None, None) if reduce is None else reduce.take(group)
@@ -240,8 +257,8 @@ class _GatheredAttention(torch.autograd.Function):
                 reduce.start(group)
         if reduce is not None:
             # As late as that, so that the sums over ranks run beside the gradients of the groups that follow.
-            for group in range(len(groups)):
-                reduce.finish(group)
+            for at in range(len(groups.reduces)):
+                reduce.finish(at)
         return (
             dq,
             reduce.dk if reduce is not None and needs_k else None,

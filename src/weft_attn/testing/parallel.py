@@ -14,7 +14,7 @@ import torch
 
 from weft_attn.distributed import context_parallel
 from weft_attn.distributed.context_parallel import ContextParallel
-from weft_attn.distributed.groups import Groups
+from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.plan import Plan
 from weft_attn.testing.cases import Case, Inputs, cumulative, make_inputs
 from weft_attn.testing.compare import Results, assert_matches_oracle, baselines_of, evaluate, oracle_of
@@ -32,7 +32,8 @@ class ParallelCase:
         attention: head counts, dims, dtype and features; its own plan and size do not count.
         causal, window: of `ContextParallel.attention`.
         heads_per_group: what max_gather_bytes is set to allow; None: leave it.
-        group_sizes: KV heads of each group of the forward and of the backward; None: what `head_groups` chooses.
+        group_sizes: KV heads of each launch of the forward and of the backward; None: what `head_groups` chooses.
+        merged: three of them share gathers and reduce-scatters as `Pass.between` says; otherwise each has its own.
         keep_gathered, grad_reduce_dtype: of `ContextParallel`.
         deterministic: of `ContextParallel.attention`; unlike there on by default, for bits are compared.
     """
@@ -44,6 +45,7 @@ class ParallelCase:
     window: tuple[int | None, int | None] | None = None
     heads_per_group: int | None = None
     group_sizes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    merged: bool = False
     keep_gathered: bool = False
     grad_reduce_dtype: torch.dtype = torch.float32
     deterministic: bool = True
@@ -75,14 +77,19 @@ class ParallelCase:
         if self.group_sizes is None:
             yield
             return
-        forward, backward = (tuple(map(slice, (0, *accumulate(sizes)), accumulate(sizes))) for sizes in self.group_sizes)
-        groups = Groups(forward, forward[::-1] if self.keep_gathered else backward)
+        forward, backward = (
+            Pass.between(*sizes)
+            if self.merged and len(sizes) == 3
+            else Pass.each(tuple(map(slice, (0, *accumulate(sizes)), accumulate(sizes))))
+            for sizes in self.group_sizes
+        )
+        groups = Groups(forward, backward)
         with mock.patch.object(context_parallel, "head_groups", return_value=groups):
             yield
 
     def __str__(self) -> str:
         parts = [self.layout, str(self.attention).removeprefix("causal-")]
-        for name in ("lengths", "causal", "window", "heads_per_group", "group_sizes", "keep_gathered"):
+        for name in ("lengths", "causal", "window", "heads_per_group", "group_sizes", "merged", "keep_gathered"):
             if getattr(self, name) != getattr(_PLAIN, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return "-".join(parts)

@@ -1,0 +1,201 @@
+"""A persistent grid's list: documents one after the other, programs that walk in step, and less memory read for it."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft_attn.bench.cases import log_normal_lengths
+from weft_attn.distributed.shard import sharded_batch
+from weft_attn.plan import Plan, Slice
+from weft_attn.plan.build import concat_lengths
+from weft_attn.plan.in_step import BY_ITEM, BY_ROUND, UP_IN_EVEN, UP_IN_ODD, Grid, arrange, components
+from weft_attn.plan.slices import transpose
+from weft_attn.plan.stream import Stream, Tiling, host_stream
+
+PROGRAMS = 132
+# Query tiles of a head that the cache of the model holds, of q, dout and dq.
+CACHED_TILES = 480
+GROUP = 4
+
+
+def packed(lengths: list[int]) -> Plan:
+    return Plan.from_cu_seqlens(concat_lengths(lengths), concat_lengths(lengths), causal=True)
+
+
+def zigzag(rank: int, world_size: int, tokens: int) -> Plan:
+    return sharded_batch("zigzag", np.array([0, tokens]).tobytes(), rank, world_size).plan(True, (None, None))
+
+
+def listed(plan: Plan, grid: Grid | None) -> Stream:
+    return host_stream(plan, Tiling(128, 64, transposed=True, masks_ragged=True, grid=grid))
+
+
+def tiles_in_order(stream: Stream, item: int, up: bool) -> list[int]:
+    """Query tiles of an item as a program walks them: edge tiles upwards, then the interior in the direction."""
+    _, _, interior_run, interior_tiles, edge_run, edge_tiles, _, _ = stream.items[item].tolist()
+    found: list[list[int]] = []
+    for run, n_tiles in ((edge_run, edge_tiles), (interior_run, interior_tiles)):
+        walked: list[int] = []
+        while len(walked) < n_tiles:
+            col, n = stream.runs[run][:2].tolist()
+            part = [col // 64 + at for at in range(n)]
+            walked += part if up or run == edge_run else part[::-1]
+            run += 1
+        found.append(walked)
+    return found[0] + found[1]
+
+
+def tiles_read(stream: Stream, waves: int) -> tuple[int, float]:
+    """Query tiles that a cache of CACHED_TILES reads from memory when the grid goes through the list once for each head, a tile a step;
+    and how much of the grid works until the last item ends.
+    """
+    rounds = max(1, round(len(stream.items) / PROGRAMS))
+    length = -(-len(stream.items) // rounds)
+    queue = iter(list(itertools.product(range(waves), range(len(stream.items)))))
+    cache: OrderedDict[tuple[int, int], None] = OrderedDict()
+    free = [(0, program) for program in range(PROGRAMS)]
+    work: dict[int, tuple[int, list[int]]] = {}
+    read = steps = last = 0
+    while free:
+        now, program = heapq.heappop(free)
+        wave, left = work.get(program, (0, []))
+        while not left:
+            found = next(queue, None)
+            if found is None:
+                break
+            wave, item = found
+            walk = int(stream.items[item, 7])
+            up = (wave * rounds + item // length) % 2 == 1
+            if walk & BY_ITEM:
+                up = bool(walk & (UP_IN_ODD if wave % 2 else UP_IN_EVEN))
+            left = tiles_in_order(stream, item, up)[::-1]
+        if not left:
+            last = max(last, now)
+            continue
+        tile = (wave, left.pop())
+        work[program] = (wave, left)
+        read += tile not in cache
+        cache[tile] = None
+        cache.move_to_end(tile)
+        if len(cache) > CACHED_TILES // GROUP:
+            cache.popitem(last=False)
+        steps += 1
+        heapq.heappush(free, (now + 1, program))
+    return read, steps / (last * PROGRAMS)
+
+
+# ---- the order ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4), st.integers(0, 30), st.integers(1, 4)), max_size=12))
+def test_slices_belong_together_that_share_rows_or_columns_through_others(slices: list[tuple[int, int, int, int]]) -> None:
+    table = np.array([(*one, 0, 0) for one in slices], np.int64).reshape(-1, 6)
+    found = components(table)
+
+    def meet(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
+        return any(a[i] < b[i] + b[i + 1] and b[i] < a[i] + a[i + 1] for i in (0, 2))
+
+    expected = list(range(len(slices)))
+    for _ in slices:
+        for a, b in itertools.permutations(range(len(slices)), 2):
+            if meet(slices[a], slices[b]):
+                expected[a] = expected[b] = min(expected[a], expected[b])
+    pairs = itertools.combinations(range(len(slices)), 2)
+    assert all((found[a] == found[b]) == (expected[a] == expected[b]) for a, b in pairs)
+    assert set(found.tolist()) == set(range(len(set(expected))))
+
+
+def test_documents_come_one_after_the_other_largest_first_and_the_last_items_longest_first() -> None:
+    lengths = log_normal_lengths(38, 65536)
+    stream = listed(packed(lengths), Grid(PROGRAMS, 1))
+    document = np.searchsorted(np.cumsum(lengths), stream.items[:, 0], side="right")
+    steps = stream.items[:, 3] + stream.items[:, 5]
+    until = len(steps) - PROGRAMS // 2
+    changes = np.flatnonzero(np.diff(document[:until])) + 1
+    runs = np.split(np.arange(until), changes)
+    assert len(runs) == len(set(document[:until])), "a document's items are next to each other"
+    assert all((np.diff(steps[run]) <= 0).all() for run in runs)
+    longest = [steps[run[0]] for run in runs]
+    assert longest == sorted(longest, reverse=True)
+    assert (np.diff(steps[until:]) <= 0).all()
+
+
+def test_few_items_are_listed_longest_first_and_walked_by_rounds() -> None:
+    for plan in (packed([4096] * 4), packed([16384]), packed([65536])):
+        found, plain = listed(plan, Grid(PROGRAMS, 1)), listed(plan, None)
+        assert np.array_equal(found.items, plain.items)
+        assert (found.items[:, 7] == BY_ROUND).all()
+
+
+def test_items_that_see_everything_come_before_those_that_see_less_and_less() -> None:
+    # Rank 0 of 2: other ranks' keys are seen by the whole late chunk, its own by a part of a chunk and what follows.
+    stream = listed(zigzag(0, 2, 65536), Grid(PROGRAMS, 1))
+    flat = stream.items[:, 5] == 0
+    assert flat[:256].all()
+    assert not flat[256:].any()
+
+
+def test_a_few_long_items_are_not_left_for_the_end() -> None:
+    steps, flat = np.array([5] * 500 + [100] * 10), np.array([True] * 500 + [False] * 10)
+    order, _ = arrange(steps, flat, np.zeros(510, np.int64), Grid(PROGRAMS, 1))
+    assert set(order[:10]) == set(range(500, 510))
+
+
+def test_every_item_is_listed_once() -> None:
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 7, 400):
+        steps, flat, component = rng.integers(0, 9, n), rng.random(n) < 0.5, rng.integers(0, 5, n)
+        order, walks = arrange(steps, flat, component, Grid(8, 1))
+        assert sorted(order) == list(range(n))
+        assert len(walks) == n
+
+
+# ---- the walk -------------------------------------------------------------------------------------------------------------
+
+
+def test_items_that_begin_together_are_walked_down_and_those_that_end_together_up() -> None:
+    # Four programs: four flat items, four that end one by one, four that then begin one by one and end together.
+    steps = np.array([8, 8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1])
+    flat = np.array([True] * 4 + [False] * 8)
+    order, walks = arrange(steps, flat, np.zeros(12, np.int64), Grid(4, 1))
+    assert order.tolist() == list(range(12))
+    assert walks.tolist() == [BY_ITEM] * 8 + [BY_ITEM + UP_IN_EVEN + UP_IN_ODD] * 4
+
+
+def test_a_wave_that_ends_one_by_one_has_the_next_one_begin_so() -> None:
+    # The second wave begins when the first one's items end, shortest first: the same items end together then.
+    steps, flat = np.array([9, 9, 9, 9, 8, 6, 4, 2]), np.array([True] * 4 + [False] * 4)
+    _, walks = arrange(steps, flat, np.zeros(8, np.int64), Grid(4, 1))
+    assert walks[4:].tolist() == [BY_ITEM] * 4 or walks[4:].tolist() == [BY_ITEM + UP_IN_ODD] * 4
+    assert (walks[:4] == BY_ITEM).all()
+
+
+@pytest.mark.parametrize(
+    ("plan", "share"),
+    [
+        (packed(log_normal_lengths(38, 65536)), 0.5),
+        (packed([4096] * 16), 0.6),
+        (packed([8192] * 8), 0.6),
+        (zigzag(0, 2, 65536), 0.1),
+        (zigzag(1, 2, 65536), 0.1),
+    ],
+    ids=["38 documents", "16 of 4K", "8 of 8K", "rank 0 of 2", "rank 1 of 2"],
+)
+def test_far_less_is_read_and_programs_end_nearly_as_together(plan: Plan, share: float) -> None:
+    before, even = tiles_read(listed(plan, None), waves=2)
+    after, still = tiles_read(listed(plan, Grid(PROGRAMS, 1)), waves=2)
+    assert after < share * before
+    assert still > even - 0.1
+
+
+def test_a_plan_of_no_slices_has_a_list() -> None:
+    assert listed(Plan([], 10, 500), Grid(2, 1)).items[:, 7].tolist() == [BY_ROUND] * 4
+    table = transpose(Plan([Slice(0, 4, 0, 4)], 4, 4).rows)
+    assert components(table).tolist() == [0]
