@@ -160,7 +160,7 @@ def test_device_constants_are_the_host_tables_columns() -> None:
     for field in ("col", "n_tiles", "lo", "hi"):
         assert getattr(layout, f"RUN_{field.upper()}").value == stream.RUN_FIELDS.index(field)
     assert (layout.WALK_BY_ITEM.value, layout.WALK_UP_IN_EVEN.value) == (in_step.BY_ITEM, in_step.UP_IN_EVEN)
-    assert in_step.UP_IN_ODD == layout.WALK_UP_IN_EVEN.value << 1
+    assert layout.WALK_UP_IN_EVEN.value << 1 == in_step.UP_IN_ODD
     for field in stream.COMBINE_FIELDS:
         assert getattr(layout, f"COMBINE_{field.upper()}").value == stream.COMBINE_FIELDS.index(field)
 
