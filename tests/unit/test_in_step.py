@@ -15,7 +15,7 @@ from weft_attn.bench.cases import log_normal_lengths
 from weft_attn.distributed.shard import sharded_batch
 from weft_attn.plan import Plan, Slice
 from weft_attn.plan.build import concat_lengths
-from weft_attn.plan.in_step import BY_ITEM, BY_ROUND, UP_IN_EVEN, UP_IN_ODD, Grid, arrange, components
+from weft_attn.plan.in_step import BY_ITEM, BY_ROUND, UP_IN_EVEN, UP_IN_ODD, Grid, arrange, components, heads_in_step
 from weft_attn.plan.slices import transpose
 from weft_attn.plan.stream import Stream, Tiling, host_stream
 
@@ -52,35 +52,44 @@ def tiles_in_order(stream: Stream, item: int, up: bool) -> list[int]:
     return found[0] + found[1]
 
 
-def tiles_read(stream: Stream, waves: int) -> tuple[int, float]:
-    """Query tiles that a cache of CACHED_TILES reads from memory when the grid goes through the list once for each head, a tile a step;
+def tiles_read(stream: Stream, heads: int) -> tuple[int, float]:
+    """Query tiles that a cache of CACHED_TILES reads from memory when the grid goes through the list for so many KV heads, a tile a step;
     and how much of the grid works until the last item ends.
     """
-    rounds = max(1, round(len(stream.items) / PROGRAMS))
-    length = -(-len(stream.items) // rounds)
-    queue = iter(list(itertools.product(range(waves), range(len(stream.items)))))
+    per_wave = stream.heads_per_wave
+    assert heads % per_wave == 0
+    rounds = max(1, round(len(stream.items) * per_wave / PROGRAMS))
+    length = -(-len(stream.items) * per_wave // rounds)
+    queue = iter(
+        [
+            (head, item, wave * rounds + (item * per_wave + head % per_wave) // length)
+            for wave in range(heads // per_wave)
+            for item in range(len(stream.items))
+            for head in range(wave * per_wave, (wave + 1) * per_wave)
+        ]
+    )
     cache: OrderedDict[tuple[int, int], None] = OrderedDict()
     free = [(0, program) for program in range(PROGRAMS)]
-    work: dict[int, tuple[int, list[int]]] = {}
+    work: dict[int, tuple[int, list[int]]] = {}  # head, tiles left
     read = steps = last = 0
     while free:
         now, program = heapq.heappop(free)
-        wave, left = work.get(program, (0, []))
+        head, left = work.get(program, (0, []))
         while not left:
             found = next(queue, None)
             if found is None:
                 break
-            wave, item = found
+            head, item, round_number = found
             walk = int(stream.items[item, 7])
-            up = (wave * rounds + item // length) % 2 == 1
+            up = round_number % 2 == 1
             if walk & BY_ITEM:
-                up = bool(walk & (UP_IN_ODD if wave % 2 else UP_IN_EVEN))
+                up = bool(walk & (UP_IN_ODD if head // per_wave % 2 else UP_IN_EVEN))
             left = tiles_in_order(stream, item, up)[::-1]
         if not left:
             last = max(last, now)
             continue
-        tile = (wave, left.pop())
-        work[program] = (wave, left)
+        tile = (head, left.pop())
+        work[program] = (head, left)
         read += tile not in cache
         cache[tile] = None
         cache.move_to_end(tile)
@@ -114,7 +123,7 @@ def test_slices_belong_together_that_share_rows_or_columns_through_others(slices
 
 def test_documents_come_one_after_the_other_largest_first_and_the_last_items_longest_first() -> None:
     lengths = log_normal_lengths(38, 65536)
-    stream = listed(packed(lengths), Grid(PROGRAMS, 1))
+    stream = listed(packed(lengths), Grid(PROGRAMS, 8))
     document = np.searchsorted(np.cumsum(lengths), stream.items[:, 0], side="right")
     steps = stream.items[:, 3] + stream.items[:, 5]
     until = len(steps) - PROGRAMS // 2
@@ -128,15 +137,28 @@ def test_documents_come_one_after_the_other_largest_first_and_the_last_items_lon
 
 
 def test_few_items_are_listed_longest_first_and_walked_by_rounds() -> None:
-    for plan in (packed([4096] * 4), packed([16384]), packed([65536])):
-        found, plain = listed(plan, Grid(PROGRAMS, 1)), listed(plan, None)
+    for plan, heads in ((packed([4096] * 4), 2), (packed([16384]), 2), (packed([65536]), 1)):
+        found, plain = listed(plan, Grid(PROGRAMS, 8)), listed(plan, None)
         assert np.array_equal(found.items, plain.items)
         assert (found.items[:, 7] == BY_ROUND).all()
+        assert found.heads_per_wave == heads
+
+
+@pytest.mark.parametrize(
+    ("items", "heads"), [(128, 2), (64, 4), (256, 1), (512, 1), (10, 8), (0, 8), (192, 2), (208, 2), (160, 2), (240, 1)]
+)
+def test_a_wave_is_two_or_three_rounds_of_the_grid_as_near_as_heads_come(items: int, heads: int) -> None:
+    assert heads_in_step(items, 132, 8) == heads
+
+
+@pytest.mark.parametrize(("length", "count", "heads"), [(4096, 16, 4), (8192, 8, 2), (16384, 4, 1), (512, 128, 8)])
+def test_documents_one_after_the_other_make_a_round_of_several_heads_each(length: int, count: int, heads: int) -> None:
+    assert listed(packed([length] * count), Grid(PROGRAMS, 8)).heads_per_wave == heads
 
 
 def test_items_that_see_everything_come_before_those_that_see_less_and_less() -> None:
     # Rank 0 of 2: other ranks' keys are seen by the whole late chunk, its own by a part of a chunk and what follows.
-    stream = listed(zigzag(0, 2, 65536), Grid(PROGRAMS, 1))
+    stream = listed(zigzag(0, 2, 65536), Grid(PROGRAMS, 8))
     flat = stream.items[:, 5] == 0
     assert flat[:256].all()
     assert not flat[256:].any()
@@ -144,7 +166,7 @@ def test_items_that_see_everything_come_before_those_that_see_less_and_less() ->
 
 def test_a_few_long_items_are_not_left_for_the_end() -> None:
     steps, flat = np.array([5] * 500 + [100] * 10), np.array([True] * 500 + [False] * 10)
-    order, _ = arrange(steps, flat, np.zeros(510, np.int64), Grid(PROGRAMS, 1))
+    order = arrange(steps, flat, np.zeros(510, np.int64), Grid(PROGRAMS, 8)).order
     assert set(order[:10]) == set(range(500, 510))
 
 
@@ -152,9 +174,10 @@ def test_every_item_is_listed_once() -> None:
     rng = np.random.default_rng(0)
     for n in (0, 1, 7, 400):
         steps, flat, component = rng.integers(0, 9, n), rng.random(n) < 0.5, rng.integers(0, 5, n)
-        order, walks = arrange(steps, flat, component, Grid(8, 1))
-        assert sorted(order) == list(range(n))
-        assert len(walks) == n
+        found = arrange(steps, flat, component, Grid(8, 3))
+        assert sorted(found.order) == list(range(n))
+        assert len(found.walks) == n
+        assert 1 <= found.heads_per_wave <= 3
 
 
 # ---- the walk -------------------------------------------------------------------------------------------------------------
@@ -164,15 +187,15 @@ def test_items_that_begin_together_are_walked_down_and_those_that_end_together_u
     # Four programs: four flat items, four that end one by one, four that then begin one by one and end together.
     steps = np.array([8, 8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1])
     flat = np.array([True] * 4 + [False] * 8)
-    order, walks = arrange(steps, flat, np.zeros(12, np.int64), Grid(4, 1))
-    assert order.tolist() == list(range(12))
-    assert walks.tolist() == [BY_ITEM] * 8 + [BY_ITEM + UP_IN_EVEN + UP_IN_ODD] * 4
+    found = arrange(steps, flat, np.zeros(12, np.int64), Grid(4, 1))
+    assert found.order.tolist() == list(range(12))
+    assert found.walks.tolist() == [BY_ITEM] * 8 + [BY_ITEM + UP_IN_EVEN + UP_IN_ODD] * 4
 
 
 def test_a_wave_that_ends_one_by_one_has_the_next_one_begin_so() -> None:
     # The second wave begins when the first one's items end, shortest first: the same items end together then.
     steps, flat = np.array([9, 9, 9, 9, 8, 6, 4, 2]), np.array([True] * 4 + [False] * 4)
-    _, walks = arrange(steps, flat, np.zeros(8, np.int64), Grid(4, 1))
+    walks = arrange(steps, flat, np.zeros(8, np.int64), Grid(4, 1)).walks
     assert walks[4:].tolist() == [BY_ITEM] * 4 or walks[4:].tolist() == [BY_ITEM + UP_IN_ODD] * 4
     assert (walks[:4] == BY_ITEM).all()
 
@@ -189,10 +212,10 @@ def test_a_wave_that_ends_one_by_one_has_the_next_one_begin_so() -> None:
     ids=["38 documents", "16 of 4K", "8 of 8K", "rank 0 of 2", "rank 1 of 2"],
 )
 def test_far_less_is_read_and_programs_end_nearly_as_together(plan: Plan, share: float) -> None:
-    before, even = tiles_read(listed(plan, None), waves=2)
-    after, still = tiles_read(listed(plan, Grid(PROGRAMS, 1)), waves=2)
+    before, even = tiles_read(listed(plan, None), heads=4)
+    after, still = tiles_read(listed(plan, Grid(PROGRAMS, 8)), heads=4)
     assert after < share * before
-    assert still > even - 0.1
+    assert still > even - 0.02
 
 
 def test_a_plan_of_no_slices_has_a_list() -> None:

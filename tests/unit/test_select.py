@@ -40,7 +40,7 @@ from weft_attn.launch.select import (
     tables,
     tma_usable,
 )
-from weft_attn.launch.splits import cut_forward, heads_in_step, heads_per_wave, last_heads
+from weft_attn.launch.splits import cut_forward, heads_per_wave, last_heads
 from weft_attn.plan import Plan
 from weft_attn.plan.stream import Tiling, device_stream
 
@@ -338,13 +338,6 @@ def test_a_wave_holds_at_least_one_head_and_at_most_all() -> None:
     assert heads_per_wave(10, 1000, 8) == 8
     assert heads_per_wave(1, 100, 8) == 8
     assert heads_per_wave(0, 100, 8) == 8
-
-
-@pytest.mark.parametrize(
-    ("items", "heads"), [(128, 2), (64, 4), (256, 1), (512, 1), (10, 8), (0, 8), (192, 2), (208, 2), (160, 2), (240, 1)]
-)
-def test_a_wave_is_two_or_three_rounds_of_the_grid_as_near_as_heads_come(items: int, heads: int) -> None:
-    assert heads_in_step(items, 132, 8) == heads
 
 
 def test_the_last_wave_lasts_as_long_as_its_longest_item() -> None:

@@ -15,8 +15,6 @@ from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 OCCUPIED = 0.8
 # An item shorter than this is mostly start-up and combining.
 MIN_TILES = 4
-# Rounds that are nearly two or three.
-FEW_ROUNDS = (1.5, 3.25)
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,6 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
 def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
     """Heads whose streamed tensors fit `wave_bytes` together, at least one."""
     return max(1, min(heads, wave_bytes // max(1, bytes_per_head)))
-
-
-def heads_in_step(n_items: int, multiprocessors: int, heads: int) -> int:
-    """Heads of a wave whose items come nearest to two or three whole rounds of a persistent grid: programs begin the next wave in
-    step again (ADR 19). Where none come near, those nearest to two rounds.
-    """
-    rounds = {n: n * n_items / multiprocessors for n in range(1, heads + 1)}
-    whole = [(abs(x - round(x)), n) for n, x in rounds.items() if FEW_ROUNDS[0] <= x <= FEW_ROUNDS[1]]
-    return min(whole)[1] if whole else max(1, min(heads, round(2 * multiprocessors / max(1, n_items))))
 
 
 def last_heads(stream: DeviceStream, multiprocessors: int, heads: int) -> int:

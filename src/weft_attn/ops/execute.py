@@ -27,11 +27,11 @@ from weft_attn.launch.select import (
     select_backward,
     select_first,
 )
-from weft_attn.launch.splits import ForwardCut, cut_forward, heads_in_step, heads_per_wave, last_heads
+from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
 from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
 from weft_attn.plan.in_step import Grid
 from weft_attn.plan.slices import Plan
-from weft_attn.plan.stream import DeviceStream, Tiling, count_items, device_stream
+from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
 from weft_attn.reference import reference_attention, reference_gradients
 
 if TYPE_CHECKING:
@@ -266,9 +266,8 @@ def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tenso
     tiling = Tiling(*config.cut, transposed=True, masks_ragged=is_fused)
     if isinstance(config, HopperConfig):
         multiprocessors = device_of(q.device).multiprocessors
-        wave = heads_in_step(count_items(plan, tiling.rows_per_tile, transposed=True), multiprocessors, k.shape[1])
-        stream = device_stream(plan, replace(tiling, grid=Grid(multiprocessors, wave)), q.device)
-        return PreparedBackward(config, stream, wave, last_heads(stream, multiprocessors, k.shape[1]))
+        stream = device_stream(plan, replace(tiling, grid=Grid(multiprocessors, k.shape[1])), q.device)
+        return PreparedBackward(config, stream, stream.heads_per_wave, last_heads(stream, multiprocessors, k.shape[1]))
     stream = device_stream(plan, tiling, q.device)
     return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]))
 

@@ -6,11 +6,14 @@ that see the same tiles up to a common last one are in step
     walking down from that tile    if they begin together
     walking up to it               if they end together
 
-The host foresees when items begin, well enough to say which is nearer. Three things follow for the order. Items of documents that share
-nothing are listed document by document, largest first, where there are enough of them: a document's tiles are then in the cache while it
-lasts. Inside a document, items that see all of the same tiles come first and so stay together, before those that see fewer and fewer,
-which begin and end one by one. And the last items of the list, of whatever document, are taken longest first, so that programs end
-together.
+The host foresees when items begin, well enough to say which is nearer. What follows for the list:
+
+- A wave has as many heads as make whole rounds of the grid, so that programs begin the next wave in step too (ADR 19).
+- Items of documents that share nothing are listed document by document, largest first, where there are enough of them: a document's
+  tiles are then in the cache while it lasts. A wave has as many heads then as make a round of the largest document.
+- Inside a document, items that see all of the same tiles come first and so stay together, before those that see fewer and fewer,
+  which begin and end one by one.
+- The last items of the list, of whatever document, are taken longest first, so that programs end together.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ IntArray = NDArray[np.int64]
 # Codes of an item's walk. BY_ROUND: down and up in turn, as `kernels/triton/tiles.py: direction_of_round` says. Otherwise BY_ITEM, plus
 # UP_IN_EVEN and UP_IN_ODD where it is walked up in even waves of heads, or in odd ones.
 BY_ROUND, BY_ITEM, UP_IN_EVEN, UP_IN_ODD = 0, 1, 2, 4
-# Rounds of a grid from which on documents are listed one after the other: with fewer, programs end too unevenly.
-ROUNDS_BY_DOCUMENT = 2.5
+# Rounds of a head's items from which on documents are listed one after the other: with fewer, programs end too unevenly, the more so
+# where a document fills more than half a round.
+ROUNDS_BY_DOCUMENT, ROUNDS_BY_SMALL_DOCUMENT = 2.5, 1.5
+# Rounds that are nearly two or three.
+FEW_ROUNDS = (1.5, 3.25)
 # Steps that an item takes beside its tiles.
 ITEM_STEPS = 1
 # Items that are foreseen to begin at once, one of so many of all.
@@ -37,14 +43,29 @@ FORESEEN_TOGETHER = 128
 
 @dataclass(frozen=True)
 class Grid:
-    """A persistent grid that takes the items of a wave of heads, then those of the next.
+    """A persistent grid that takes the items of a wave of heads, each item's heads one after the other, then those of the next wave.
 
     Attributes:
         programs: that run at a time.
-        heads_per_wave: heads of a wave; an item's come one after the other.
+        heads: of all waves.
     """
 
     programs: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a grid goes through a plan's items.
+
+    Attributes:
+        order: (items,) of them.
+        walks: (items,) of each, in that order.
+        heads_per_wave: heads of a wave.
+    """
+
+    order: IntArray
+    walks: IntArray
     heads_per_wave: int
 
 
@@ -73,46 +94,57 @@ def _overlapping(start: IntArray, length: IntArray) -> IntArray:
     return found
 
 
-def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> tuple[IntArray, IntArray]:
-    """The order of a plan's items, and the walk of each, in that order.
+def heads_in_step(n_items: int, programs: int, heads: int) -> int:
+    """Heads of a wave whose items come nearest to two or three whole rounds; where none come near, those nearest to two."""
+    rounds = {n: n * n_items / programs for n in range(1, heads + 1)}
+    whole = [(abs(x - round(x)), n) for n, x in rounds.items() if FEW_ROUNDS[0] <= x <= FEW_ROUNDS[1]]
+    return min(whole)[1] if whole else max(1, min(heads, round(2 * programs / max(1, n_items))))
+
+
+def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> Arrangement:
+    """How to go through a plan's items.
 
     Args:
         steps: (items,) tiles of each item.
         is_flat: whether it has no edge tiles.
         component: which items may see the same tiles (`components`).
     """
-    by_document = len(steps) >= ROUNDS_BY_DOCUMENT * grid.programs and len(np.unique(component)) > 1
-    flat = is_flat & (steps > 0)
-    if not by_document:
-        component = np.zeros_like(component)
-        if flat.all() or not flat.any():
-            return np.argsort(-steps, kind="stable"), np.full(len(steps), BY_ROUND)
     of_component = np.unique(component, return_inverse=True)[1]
+    largest = int(np.bincount(of_component).max(initial=0))
+    rounds = ROUNDS_BY_SMALL_DOCUMENT if 2 * largest <= grid.programs else ROUNDS_BY_DOCUMENT
+    by_document = largest < len(steps) and len(steps) >= rounds * grid.programs
+    flat = is_flat & (steps > 0)
+    if by_document:
+        heads = max(1, min(grid.heads, grid.programs // largest))
+    else:
+        heads = heads_in_step(len(steps), grid.programs, grid.heads)
+        of_component = np.zeros_like(of_component)
+        if flat.all() or not flat.any():
+            return Arrangement(np.argsort(-steps, kind="stable"), np.full(len(steps), BY_ROUND), heads)
     longest = np.zeros(of_component.max(initial=-1) + 1, np.int64)
     np.maximum.at(longest, of_component, steps)
     # Only before ramps that make the programs end together again.
-    has_ramp = np.bincount(of_component, weights=~is_flat) * grid.heads_per_wave >= grid.programs
+    has_ramp = np.bincount(of_component, weights=~is_flat) * heads >= grid.programs
     late = ~flat & has_ramp[of_component]
     order = np.lexsort((-steps, late, of_component, -longest[of_component]))
     if by_document:
         last = order[-(grid.programs // 2) :]
         order[-len(last) :] = last[np.argsort(-steps[last], kind="stable")]
-    return order, _walks(steps[order], of_component[order], grid)
+    return Arrangement(order, _walks(steps[order], of_component[order], grid.programs, heads), heads)
 
 
-def _walks(steps: IntArray, component: IntArray, grid: Grid) -> IntArray:
+def _walks(steps: IntArray, component: IntArray, programs: int, heads: int) -> IntArray:
     """The walk of each item of a list."""
-    heads = grid.heads_per_wave
     lengths, component = np.repeat(steps + ITEM_STEPS, heads), np.repeat(component, heads)
     count = len(lengths)
-    rounds = max(1, round(count / grid.programs))
+    rounds = max(1, round(count / programs))
     of_round = np.arange(count) // -(-count // rounds)
     # Items of a component and a round, one after the other, decide together.
     edges = (component[1:] != component[:-1]) | (of_round[1:] != of_round[:-1])
     first = np.flatnonzero(np.concatenate([[True], edges]))
     sizes = np.diff(np.append(first, count))
     walks = np.full(count, BY_ITEM)
-    for begin, up in zip(_begins(lengths, grid.programs, waves=2), (UP_IN_EVEN, UP_IN_ODD), strict=True):
+    for begin, up in zip(_begins(lengths, programs, waves=2), (UP_IN_EVEN, UP_IN_ODD), strict=True):
         walks += np.repeat(np.where(_spread(begin + lengths, first, sizes) < _spread(begin, first, sizes), up, 0), sizes)
     return walks[::heads]
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from weft_attn.errors import Unsupported
-from weft_attn.plan.in_step import BY_ROUND, Grid, arrange, components
+from weft_attn.plan.in_step import BY_ROUND, Arrangement, Grid, arrange, components
 from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
 
 IntArray = NDArray[np.int64]
@@ -65,12 +65,14 @@ class Stream:
         runs: (m, 8) RUN_FIELDS, with one row more than is used, so that a kernel may look one run ahead.
         combines: (s, 4) COMBINE_FIELDS, one for each item that was split.
         slots: partial results, over all split items.
+        heads_per_wave: of the tiling's grid; 1 without.
     """
 
     items: NDArray[np.int32]
     runs: NDArray[np.int32]
     combines: NDArray[np.int32]
     slots: int
+    heads_per_wave: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class DeviceStream:
     Attributes:
         tiles: column tiles of all items together.
         longest: column tiles of the longest item.
+        heads_per_wave: as the `Stream`'s.
     """
 
     items: torch.Tensor
@@ -90,6 +93,7 @@ class DeviceStream:
     slots: int
     tiles: int
     longest: int
+    heads_per_wave: int
     made_on: torch.cuda.Stream | None = None
     copied: torch.cuda.Event | None = None
 
@@ -131,10 +135,9 @@ def host_stream(plan: Plan, tiling: Tiling) -> Stream:
     return build_stream(table, total_rows, tiling)
 
 
-def count_items(plan: Plan, rows_per_tile: int, *, transposed: bool = False) -> int:
-    """Items before any split: what decides whether splitting is needed, and how many heads make a wave."""
-    table, total_rows = (transpose(plan.rows), plan.total_k) if transposed else (plan.rows, plan.total_q)
-    return len(tile_rows(table, total_rows, rows_per_tile))
+def count_items(plan: Plan, rows_per_tile: int) -> int:
+    """Items of the forward before any split: what decides whether splitting is needed."""
+    return len(tile_rows(plan.rows, plan.total_q, rows_per_tile))
 
 
 def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
@@ -157,6 +160,7 @@ def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
         slots=stream.slots,
         tiles=int(tiles.sum()),
         longest=int(tiles.max(initial=0)),
+        heads_per_wave=stream.heads_per_wave,
     )
     return DeviceStream(*tensors, **counts, made_on=made_on, copied=copied)
 
@@ -380,13 +384,15 @@ def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, compo
     edge.fill(runs[n_interior:-1], slices)
     steps = items[:, 3] + items[:, 5]
     if tiling.grid is None:
-        order, items[:, 7] = np.argsort(-steps, kind="stable"), BY_ROUND
+        found = Arrangement(np.argsort(-steps, kind="stable"), np.full(n_items, BY_ROUND), 1)
     else:
-        order, walks = arrange(steps, items[:, 5] == 0, component[item_tile], tiling.grid)
-        items[order, 7] = walks
+        found = arrange(steps, items[:, 5] == 0, component[item_tile], tiling.grid)
+    items = items[found.order]
+    items[:, 7] = found.walks
     return Stream(
-        items=items[order].astype(np.int32),
+        items=items.astype(np.int32),
         runs=runs,
         combines=combines.astype(np.int32),
         slots=int(split.sum()),
+        heads_per_wave=found.heads_per_wave,
     )

@@ -36,6 +36,7 @@ from weft_attn.kernels.hopper.tiles import (
     make_agreement,
     pack_operand,
     product_layout,
+    rescale_rows,
     unpack_operand,
 )
 from weft_attn.kernels.triton import layout
@@ -45,6 +46,9 @@ from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_sli
 
 # float32's least normal number, rounded up.
 MIN_SCALE = 1.2e-38
+# A row's maximum is taken anew only where a tile exceeds it by so many powers of two, because then everything before is rescaled.
+# Weights are up to 2 ** 8 then instead of 1: no fewer bits, and far from what 16-bit floats hold.
+STALE = gl.constexpr(8.0)
 
 
 @aggregate
@@ -78,6 +82,7 @@ class Problem:
     acc_layout: gl.constexpr
     SUMS: gl.constexpr
     sums_layout: gl.constexpr
+    RESCALES_RARELY: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -108,6 +113,8 @@ class Problem:
         # registers there is no room for that.
         self.SUMS = gl.constexpr(8 if HEAD_DIM <= 128 else 1)
         self.sums_layout = gl.constexpr(product_layout(8) if HEAD_DIM <= 128 else product_layout(BLOCK_K))
+        # Where rescaling what came before takes as many instructions as the weights; with fewer, the test for it costs more (ADR 21).
+        self.RESCALES_RARELY = gl.constexpr(HEAD_DIM > BLOCK_K)
 
 
 @aggregate
@@ -168,7 +175,8 @@ def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.conste
     if IS_MASKED:
         scores = gl.where(is_visible(first, stop, col, p.scores_layout), scores, float("-inf"))
     # The scale is positive: a hidden score stays -inf, and its weight is 0.
-    new_max = gl.maximum(row_max, gl.max(scores, 1) * p.outer_scale)
+    tile_max = gl.max(scores, 1) * p.outer_scale
+    new_max = gl.where(tile_max > row_max + STALE, tile_max, row_max) if p.RESCALES_RARELY else gl.maximum(row_max, tile_max)
     shift = new_max
     if IS_MASKED:
         # A row that has seen nothing yet has the maximum -inf: subtract 0, not -inf, from its -inf scores.
@@ -213,7 +221,8 @@ def _attend_stream(
         new_weights, row_max, row_sum, rescale = _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED)
         acc = warpgroup_mma_wait(0, deps=[acc])
         memory.v.release(step - 1)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))[:, None]
+        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))
+        acc = rescale_rows(acc, rescale) if p.RESCALES_RARELY else acc * rescale[:, None]
         weights = pack_operand(new_weights, p.v_desc.dtype)
         if IS_MASKED:
             if col_stop - col < p.BLOCK_K:
