@@ -130,6 +130,20 @@ def test_keys_beyond_an_item_have_no_infinite_weights(dim: int) -> None:
         torch.testing.assert_close(one, other, rtol=2**-6, atol=1e-3 * float(other.abs().nan_to_num(posinf=0).max()), msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
+    """At head dim 256 what came before is rescaled only where a tile's maximum is far above the one before it."""
+    case = replace(MAIN, head_dim=dim, dtype=dtype, size=1500)
+    plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=True)
+    for sizes in (torch.arange(1500) // 64 * 0.3, 8.0 * (torch.arange(1500) % 700 > 500), 6.0 - torch.arange(1500) / 250):
+        inputs = make_inputs(case, plan, DEVICE)
+        inputs.k.mul_((0.1 + sizes.to(DEVICE))[:, None, None])
+        with override(*rows_of(case)):
+            found = evaluate(lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, return_lse=True), inputs)  # type: ignore[arg-type]
+        assert_matches_oracle(found, case, plan, inputs)
+
+
 def test_graphs_replay_beside_eager_launches() -> None:
     """A persistent grid counts its items: a captured launch with a counter of its own."""
     case = replace(MAIN, plan="packed")
