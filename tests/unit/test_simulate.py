@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from weft_attn.bench.records import OK, RED, Environment, GroupRecord
 from weft_attn.bench.workload import LONG_PER_GPU, PACKINGS_PER_GPU, Workload, document_lengths, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.gathered import Call, gathered_attention
-from weft_attn.distributed.groups import counts
+from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.distributed.shard import sharded_batch
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.plan.layouts import LAYOUTS
@@ -122,6 +123,10 @@ class CountingRanks(Ranks):
         return self.Done()
 
 
+def sliced(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(map(slice, (0, *accumulate(sizes)), accumulate(sizes)))
+
+
 @pytest.mark.parametrize("max_gather_bytes", [None, 200_000])
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -136,7 +141,10 @@ def test_predicted_bytes_and_groups_are_what_the_collectives_send(world_size: in
         plan=batch.plan(True, None),
         ranks=ranks,
         rank_stride=batch.rank_stride,
-        groups=found.groups,
+        groups=Groups(
+            Pass.each(sliced(found.forward_groups)),
+            Pass(sliced(found.backward_groups), sliced(found.backward_gathers), sliced(found.backward_reduces)),
+        ),
         largest=largest,
         in_turn=in_turn,
         softmax_scale=1.0,
@@ -148,11 +156,11 @@ def test_predicted_bytes_and_groups_are_what_the_collectives_send(world_size: in
     q = torch.randn(batch.local, 8, 16, dtype=model.dtype, requires_grad=True)
     k, v = (torch.randn(batch.local, 4, 16, dtype=model.dtype, requires_grad=True) for _ in range(2))
     out, _ = gathered_attention(q, k, v, None, call)
-    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": len(found.groups.forward.gathers)}
+    assert ranks.received == {ALL_GATHER: found.gathered_bytes, REDUCE_SCATTER: 0, "calls": len(found.forward_groups)}
     out.sum().backward()
     received = ranks.received[ALL_GATHER] + ranks.received[REDUCE_SCATTER]
     assert received == found.gathered_bytes + found.backward_bytes
-    assert len(found.groups.backward.attention) == (2 if max_gather_bytes is None else 4)
+    assert len(found.backward_groups) == (2 if max_gather_bytes is None else 4)
 
 
 # ---- time -----------------------------------------------------------------------------------------------------------------
@@ -172,11 +180,9 @@ def test_times_follow_from_rates():
     assert reduced == 2 * found.gathered_bytes
     assert found.backward.communication_ms == pytest.approx(found.gathered_bytes / 100e6 + reduced / 50e6)
     # Gathers of the other groups are hidden by the first, the reduce-scatters of all but the last by those that follow.
-    assert found.forward.exposed_ms == pytest.approx(
-        found.forward.communication_ms * counts(found.groups.forward.gathers)[0] / 8
-    )
-    gathered = counts(found.groups.backward.gathers)[0] / 8 * found.gathered_bytes / 100e6
-    assert found.backward.exposed_ms == pytest.approx(gathered + counts(found.groups.backward.reduces)[-1] / 8 * reduced / 50e6)
+    assert found.forward.exposed_ms == pytest.approx(found.forward.communication_ms * found.forward_groups[0] / 8)
+    gathered = found.backward_gathers[0] / 8 * found.gathered_bytes / 100e6
+    assert found.backward.exposed_ms == pytest.approx(gathered + found.backward_reduces[-1] / 8 * reduced / 50e6)
 
 
 def test_beyond_a_node_the_network_counts_and_without_one_every_link_is_as_measured():

@@ -14,7 +14,6 @@ from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER, Rates
 from weft_attn.bench.records import ABSENT, GroupRecord
 from weft_attn.bench.report import WIDE, ends_section, milliseconds, worst
 from weft_attn.bench.simulate import Checked, Hardware, PassTime, Prediction
-from weft_attn.distributed.groups import counts
 
 MIB = 2**20
 
@@ -79,7 +78,7 @@ def render_predictions(predictions: Sequence[Prediction], hardware: Hardware) ->
             mebibytes(one.gathered_bytes),
             mebibytes(one.backward_bytes),
             mebibytes(one.memory_bytes),
-            f"{sizes(counts(one.groups.forward.attention))} | {sizes(counts(one.groups.backward.attention))}",
+            f"{sizes(one.forward_groups)} | {sizes(one.backward_groups)}",
         )
         for pass_name, time in (("forward", one.forward), ("backward", one.backward)):
             times.add_row(str(one.workload.world_size), pass_name, *time_cells(time), end_section=pass_name == "backward")

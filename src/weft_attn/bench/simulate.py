@@ -96,7 +96,8 @@ class Prediction:
         balance: most pairs of a rank over the mean.
         gathered_bytes: received by a rank in the forward; backward_bytes: received in the backward, gathers and reductions.
         memory_bytes: extra memory of the worst moment.
-        groups: of KV heads: what is attended to, gathered and reduced together.
+        forward_groups, backward_groups: KV heads of each launch, in order of work; each of the forward's is gathered by itself.
+        backward_gathers, backward_reduces: KV heads of each of the backward's collectives.
         forward, backward: times of the passes.
     """
 
@@ -107,7 +108,10 @@ class Prediction:
     gathered_bytes: int
     backward_bytes: int
     memory_bytes: int
-    groups: Groups
+    forward_groups: tuple[int, ...]
+    backward_groups: tuple[int, ...]
+    backward_gathers: tuple[int, ...]
+    backward_reduces: tuple[int, ...]
     forward: PassTime
     backward: PassTime
 
@@ -138,7 +142,10 @@ def predict(workload: Workload, hardware: Hardware) -> Prediction:
         gathered_bytes=shares[0] * (world_size - 1),
         backward_bytes=sum(shares) * (world_size - 1),
         memory_bytes=memory.backward,
-        groups=groups,
+        forward_groups=tuple(counts(groups.forward.attention)),
+        backward_groups=tuple(counts(groups.backward.attention)),
+        backward_gathers=tuple(counts(groups.backward.gathers)),
+        backward_reduces=tuple(counts(groups.backward.reduces)),
         forward=forward,
         backward=backward,
     )
