@@ -29,7 +29,8 @@ def compile(  # noqa: A001 (a command takes its function's name)
     """Compile every kernel of every launch table for targets that need not be here, and check what they need.
 
     Exit code 1: a kernel does not compile, spills more than --max-spill, needs more shared memory than the target has or than
-    launch/resources.py computes, or holds an atomic (a persistent grid: more than the three it counts with).
+    launch/resources.py computes, holds an atomic (a persistent grid: more than the three it counts with), or sets up a barrier that
+    nobody uses.
     """
     from rich.console import Console
     from rich.progress import track

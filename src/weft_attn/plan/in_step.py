@@ -13,7 +13,9 @@ The host foresees when items begin, well enough to say which is nearer. What fol
   tiles are then in the cache while it lasts. A wave has as many heads then as make a round of the largest document.
 - Inside a document, items that see all of the same tiles come first and so stay together, before those that see fewer and fewer,
   which begin and end one by one.
-- The last items of the list, of whatever document, are taken longest first, so that programs end together.
+- The last items of the list, of whatever document, are taken longest first, so that programs end together. Where they still would
+  end much less evenly than with all items longest first, that is the list.
+- Items without a tile, keys that nobody sees, come last and count for nothing.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ IntArray = NDArray[np.int64]
 # Codes of an item's walk. BY_ROUND: down and up in turn, as `kernels/triton/tiles.py: direction_of_round` says. Otherwise BY_ITEM, plus
 # UP_IN_EVEN and UP_IN_ODD where it is walked up in even waves of heads, or in odd ones.
 BY_ROUND, BY_ITEM, UP_IN_EVEN, UP_IN_ODD = 0, 1, 2, 4
-# Rounds of a head's items from which on documents are listed one after the other: with fewer, programs end too unevenly, the more so
-# where a document fills more than half a round.
+# Rounds of a head's items from which on documents are listed one after the other. With fewer, longest first is in step by itself, as far
+# as a document is a round; small documents are not.
 ROUNDS_BY_DOCUMENT, ROUNDS_BY_SMALL_DOCUMENT = 2.5, 1.5
-# Rounds that are nearly two or three.
+# Rounds that are nearly two or three: half a round less than two, and as little above three as leaves programs in step.
 FEW_ROUNDS = (1.5, 3.25)
+# How much of a launch programs may wait at its end, longer than with items taken longest first: what is saved on memory is more.
+UNEVEN = 0.03
 # Steps that an item takes beside its tiles.
 ITEM_STEPS = 1
-# Items that are foreseen to begin at once, one of so many of all.
-FORESEEN_TOGETHER = 128
+# Items that are foreseen to begin at once: one of so many of all, and no fewer programs than that, however many heads an item has.
+FORESEEN_TOGETHER, LEAST_PROGRAMS = 128, 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ def components(table: IntArray) -> IntArray:
         np.minimum.at(of_columns, columns, found[rows])
         lower = found.copy()
         np.minimum.at(lower, rows, of_columns[columns])
+        # Whoever had the number before has it too; a chain then shortens by half.
+        np.minimum.at(lower, found[rows], of_columns[columns])
+        lower = lower[lower]
         if np.array_equal(lower, found):
             return np.unique(found[rows], return_inverse=True)[1].astype(np.int64)
         found = lower
@@ -109,44 +116,81 @@ def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, gr
         is_flat: whether it has no edge tiles.
         component: which items may see the same tiles (`components`).
     """
-    of_component = np.unique(component, return_inverse=True)[1]
-    largest = int(np.bincount(of_component).max(initial=0))
-    rounds = ROUNDS_BY_SMALL_DOCUMENT if 2 * largest <= grid.programs else ROUNDS_BY_DOCUMENT
-    by_document = largest < len(steps) and len(steps) >= rounds * grid.programs
-    flat = is_flat & (steps > 0)
+    work, empty = np.flatnonzero(steps > 0), np.flatnonzero(steps == 0)
+    found = _arrange(steps[work], is_flat[work], np.unique(component[work], return_inverse=True)[1], grid)
+    return Arrangement(
+        np.concatenate([work[found.order], empty]),
+        np.concatenate([found.walks, np.full(len(empty), BY_ROUND)]),
+        # The device counts rounds of the whole list.
+        found.heads_per_wave if found.walks.any() else heads_in_step(len(steps), grid.programs, grid.heads),
+    )
+
+
+def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> Arrangement:
+    """Of items with tiles, components numbered from 0."""
+    programs = grid.programs
+    plain = Arrangement(
+        np.argsort(-steps, kind="stable"),
+        np.full(len(steps), BY_ROUND),
+        heads_in_step(len(steps), programs, grid.heads),
+    )
+    largest = int(np.bincount(component).max(initial=0))
+    rounds = ROUNDS_BY_SMALL_DOCUMENT if 2 * largest <= programs else ROUNDS_BY_DOCUMENT
+    by_document = largest < len(steps) and len(steps) >= rounds * programs
+    is_mixed = is_flat.any() and not is_flat.all()
+    if not (by_document or is_mixed):
+        return plain
+    most = _waiting(steps[plain.order], plain.heads_per_wave, grid) + UNEVEN
     if by_document:
-        heads = max(1, min(grid.heads, grid.programs // largest))
-    else:
-        heads = heads_in_step(len(steps), grid.programs, grid.heads)
-        of_component = np.zeros_like(of_component)
-        if flat.all() or not flat.any():
-            return Arrangement(np.argsort(-steps, kind="stable"), np.full(len(steps), BY_ROUND), heads)
-    longest = np.zeros(of_component.max(initial=-1) + 1, np.int64)
-    np.maximum.at(longest, of_component, steps)
-    # Only before ramps that make the programs end together again.
-    has_ramp = np.bincount(of_component, weights=~is_flat) * heads >= grid.programs
-    late = ~flat & has_ramp[of_component]
-    order = np.lexsort((-steps, late, of_component, -longest[of_component]))
-    if by_document:
-        last = order[-(grid.programs // 2) :]
-        order[-len(last) :] = last[np.argsort(-steps[last], kind="stable")]
-    return Arrangement(order, _walks(steps[order], of_component[order], grid.programs, heads), heads)
+        heads = max(1, min(grid.heads, programs // largest))
+        grouped = _in_order(steps, is_flat, component, heads, programs)
+        # Sorted at the end: half a round, or a whole one.
+        for last in (programs // 2, programs):
+            order = grouped.copy()
+            order[-last:] = order[-last:][np.argsort(-steps[order[-last:]], kind="stable")]
+            if _waiting(steps[order], heads, grid) <= most:
+                return Arrangement(order, _walks(steps[order], component[order], programs, heads), heads)
+    if is_mixed:
+        together = np.zeros_like(component)
+        for order in (_in_order(steps, is_flat, together, plain.heads_per_wave, programs), plain.order):
+            if _waiting(steps[order], plain.heads_per_wave, grid) <= most:
+                return Arrangement(order, _walks(steps[order], together, programs, plain.heads_per_wave), plain.heads_per_wave)
+    return plain
+
+
+def _in_order(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, heads: int, programs: int) -> IntArray:
+    """Components one after the other, that of the longest item first, in each the flat items before the others, longest first.
+
+    Only where the others are enough to fill the grid: they make programs end together.
+    """
+    longest = np.zeros(component.max(initial=-1) + 1, np.int64)
+    np.maximum.at(longest, component, steps)
+    late = ~is_flat & (np.bincount(component, weights=~is_flat) * heads >= programs)[component]
+    order: IntArray = np.lexsort((-steps, late, component, -longest[component]))
+    return order
+
+
+def _waiting(steps: IntArray, heads: int, grid: Grid) -> float:
+    """How much longer a launch takes than with programs that end all at once, as a share of that."""
+    lengths, waves = steps + ITEM_STEPS, -(-grid.heads // heads)
+    even = waves * float(lengths.sum()) / _at_a_time(grid.programs, heads)
+    return float((_begins(lengths, grid.programs, heads, waves)[-1] + lengths).max()) / even - 1.0
 
 
 def _walks(steps: IntArray, component: IntArray, programs: int, heads: int) -> IntArray:
     """The walk of each item of a list."""
-    lengths, component = np.repeat(steps + ITEM_STEPS, heads), np.repeat(component, heads)
-    count = len(lengths)
-    rounds = max(1, round(count / programs))
-    of_round = np.arange(count) // -(-count // rounds)
+    lengths, count = steps + ITEM_STEPS, len(steps)
+    # As `kernels/triton/tiles.py: place_in_list` has them.
+    rounds = max(1, (count * heads + programs // 2) // programs)
+    of_round = np.arange(count) * heads // -(-count * heads // rounds)
     # Items of a component and a round, one after the other, decide together.
     edges = (component[1:] != component[:-1]) | (of_round[1:] != of_round[:-1])
     first = np.flatnonzero(np.concatenate([[True], edges]))
     sizes = np.diff(np.append(first, count))
     walks = np.full(count, BY_ITEM)
-    for begin, up in zip(_begins(lengths, programs, waves=2), (UP_IN_EVEN, UP_IN_ODD), strict=True):
+    for begin, up in zip(_begins(lengths, programs, heads, waves=2), (UP_IN_EVEN, UP_IN_ODD), strict=True):
         walks += np.repeat(np.where(_spread(begin + lengths, first, sizes) < _spread(begin, first, sizes), up, 0), sizes)
-    return walks[::heads]
+    return walks
 
 
 def _spread(times: IntArray, first: IntArray, sizes: IntArray) -> NDArray[np.float64]:
@@ -156,10 +200,10 @@ def _spread(times: IntArray, first: IntArray, sizes: IntArray) -> NDArray[np.flo
     return spread
 
 
-def _begins(lengths: IntArray, programs: int, waves: int) -> list[IntArray]:
+def _begins(lengths: IntArray, programs: int, heads: int, waves: int) -> list[IntArray]:
     """When each item of a wave's list begins, for one wave after the other: whoever is free first takes the next."""
-    free = np.zeros(programs, np.int64)
-    together = min(programs, max(1, -(-waves * len(lengths) // FORESEEN_TOGETHER)))
+    free = np.zeros(_at_a_time(programs, heads), np.int64)
+    together = min(len(free), max(1, -(-waves * len(lengths) // FORESEEN_TOGETHER)))
     found = []
     for _ in range(waves):
         begins = np.empty_like(lengths)
@@ -170,3 +214,8 @@ def _begins(lengths: IntArray, programs: int, waves: int) -> list[IntArray]:
             free[: len(taken)] += taken
         found.append(begins)
     return found
+
+
+def _at_a_time(programs: int, heads: int) -> int:
+    """Items that run at a time: an item's heads begin together."""
+    return max(min(programs, LEAST_PROGRAMS), programs // heads)

@@ -163,7 +163,7 @@ def hopper_backward_call(
     Args:
         q, k, v, dout, lse_log2, delta, dk, dv, dq_sum: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
         items, runs: tables of the transposed plan, cut as config.cut says, with dq_sum also with masks_ragged.
-        heads_per_wave, last_heads: KV heads whose items run together (launch/splits.py); those of the last wave at least.
+        heads_per_wave, last_heads: KV heads whose items run together (plan/in_step.py); those of the last wave at least (launch/splits.py).
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
         multiprocessors: programs of the persistent grid at most.
         config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`. Of three consumers two have
