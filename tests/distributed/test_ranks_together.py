@@ -48,8 +48,9 @@ def together(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
 
 
 def order_of_work(rank: int, world_size: int) -> list[list[str]]:
-    """Starts and ends of collectives, and computations, as a call's forward and backward make them: in turn, then uneven."""
-    return [logged_work(case) for case in (CASE, replace(CASE, heads_per_group=None, group_sizes=((1, 3), (1, 2, 1))))]
+    """Starts and ends of collectives, and computations, as a call's forward and backward make them: in turn, uneven, merged."""
+    uneven = replace(CASE, heads_per_group=None, group_sizes=((1, 3), (1, 2, 1)))
+    return [logged_work(case) for case in (CASE, uneven, replace(uneven, merged=True))]
 
 
 def logged_work(case: ParallelCase) -> list[str]:
@@ -74,6 +75,7 @@ def logged_work(case: ParallelCase) -> list[str]:
     with (
         mock.patch.object(Ranks, "all_gather", logged("gather", Ranks.all_gather, True)),
         mock.patch.object(Ranks, "reduce_scatter", logged("reduce", Ranks.reduce_scatter, True)),
+        mock.patch.object(Ranks, "let_start", logged("head start", Ranks.let_start, False)),
         mock.patch.object(gathered, "attention_into", logged("attend", gathered.attention_into, False)),
         mock.patch.object(
             gathered, "attention_backward_into", logged("differentiate", gathered.attention_backward_into, False)
@@ -88,12 +90,13 @@ def bytes_taken(rank: int, world_size: int) -> list[tuple[int, ...]]:
     """What buffers of a forward and a backward take, and what `memory` says of it."""
     of, found = CASE.attention, []
     uneven = (((1, 3), (1, 2, 1)), ((1, 3), (1, 3)))
-    for keep, heads_per_group, sizes in (
-        *((keep, heads, None) for keep in (False, True) for heads in (None, 1, 2)),
-        (False, None, uneven[0]),
-        (True, None, uneven[1]),
+    for keep, heads_per_group, sizes, merged in (
+        *((keep, heads, None, False) for keep in (False, True) for heads in (None, 1, 2)),
+        (False, None, uneven[0], False),
+        (True, None, uneven[1], False),
+        *((keep, None, uneven[0], True) for keep in (False, True)),
     ):
-        case = replace(CASE, keep_gathered=keep, heads_per_group=heads_per_group, group_sizes=sizes)
+        case = replace(CASE, keep_gathered=keep, heads_per_group=heads_per_group, group_sizes=sizes, merged=merged)
         cp, made = case.parallel(), []
         build = gathered._Turns.__init__
 
@@ -353,6 +356,8 @@ def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
             log.append("gather")
             started += 1
         log.append("gather done")
+        if group == 0 and started > 1:
+            log.append("head start")
         if group >= buffers and backward:
             log.append("reduce done")
             summed += 1
@@ -363,8 +368,11 @@ def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
 def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]]) -> None:
     in_turn = expected_work(4, 2, backward=False) + expected_work(4, 2, backward=True)
     uneven = expected_work(2, 2, backward=False) + expected_work(3, 3, backward=True)
+    merged = ["gather", "gather", "gather done", "head start", "attend", "gather done", "attend"]
+    merged += ["gather", "gather", "gather done", "head start", "differentiate", "gather done", "differentiate", "reduce"]
+    merged += ["differentiate", "reduce", "reduce done", "reduce done"]
     for answer in answers:
-        assert answer["order_of_work"] == [in_turn, uneven]
+        assert answer["order_of_work"] == [in_turn, uneven, merged]
 
 
 def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> None:

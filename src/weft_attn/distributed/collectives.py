@@ -100,13 +100,14 @@ class Ranks:
         return pending
 
     def let_start(self, device: torch.device) -> None:
-        """Let a collective that is ready now begin before what the compute stream is given next.
+        """Let a collective that is ready now begin before what the device's compute stream is given next.
 
         A kernel that takes every multiprocessor until its end would otherwise win or lose a race with it: where it wins, the other
-        ranks' part of the collective holds multiprocessors of theirs and waits.
+        ranks' part of the collective holds multiprocessors of theirs and waits. A short kernel in between does as well.
         """
         if device.type == "cuda":
-            torch.cuda._sleep(HEAD_START_CYCLES)
+            with torch.cuda.device(device):
+                torch.cuda._sleep(HEAD_START_CYCLES)
 
     def reduce_scatter(self, output: torch.Tensor, buffer: torch.Tensor) -> Pending:
         """Start to add up this rank's rows of every rank's buffer (W * rows, ...) into output (rows, ...); both contiguous."""

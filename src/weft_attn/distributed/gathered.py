@@ -7,9 +7,10 @@ K lies beside V in one buffer (W * rank_stride, G * (D + Dv)) for the G heads of
 views of it, in rank order: nothing is copied or reordered. Rows between a rank's last and its stride are padding: they hold
 whatever memory held, and no slice of the plan reaches them.
 
-Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention, which
-lets the next one begin first: it would have to wait for multiprocessors that a running attention holds. Otherwise two buffers take
-turns. Which heads are attended to together, gathered and reduced: groups.py.
+Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention. A collective
+that becomes ready while an attention runs waits for its multiprocessors, so the second gather gets a head start before the first
+attention; before a backward's later kernels, the short one that makes row statistics gives a reduce-scatter that time. Otherwise
+two buffers take turns. Which heads are attended to together, gathered and reduced: groups.py.
 
 On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
 what is queued after its `wait` starts after it.
@@ -130,13 +131,16 @@ class _Gather:
             self.pending[at] = self.call.ranks.all_gather(buffer)
 
     def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A group's keys and values; starts the gather whose turn it is to have the buffer of the group before."""
+        """A group's keys and values; starts the gather whose turn it is to have the buffer of the group before.
+
+        Buffers take turns by groups: where gathers are of several groups, each has its own, and none is left to start.
+        """
         if group > 0:
             self.start(group - 1 + len(self.turns.memory))
         at = self.groups.gather_of(group)
         if at in self.pending:
             self.pending.pop(at).wait()
-            if self.pending:
+            if self.pending and at == 0:
                 self.call.ranks.let_start(self.k.device)
         return heads_within(self.turns.views(at), self.groups.gathers[at], self.groups.attention[group])
 

@@ -12,8 +12,9 @@ small. A small group hides little, so that what runs beside it is no longer than
 whose end multiprocessors wait for each other, so there are few, and none so small that its work items do not fill the GPU.
 
 What is not in the model: a collective that becomes ready while an attention kernel runs has no multiprocessors until that ends, but may
-have them on another rank, where it waits and holds them (docs/adr/0015). So no more than one runs beside an attention, from its
-start: of a group between two small ones, keys are gathered with the last group's, and gradients reduced with the first one's.
+have them on another rank, where it waits and holds them (docs/adr/0015). So where long attention hides everything, no more than
+one runs beside a launch, from its start: of a group between two small ones, keys are gathered with the last group's, and
+gradients reduced with the first one's. Where links are as slow as attention, groups still have collectives of their own.
 
 Only ratios of those times decide, so constants of one GPU serve others. There are two groups at least, whatever the model says: with one,
 all transfers would be exposed where links are slower than its own.
@@ -253,7 +254,7 @@ def _candidates(kv_heads: int, largest: int) -> list[Pass]:
 
 
 def _between(kv_heads: int) -> list[Pass]:
-    """All heads between small groups, or none, at the ends, with a gather and a reduce-scatter less than launches."""
+    """For buffers that hold all heads: all heads between small groups, or none, at the ends, with a gather and a reduce-scatter less than launches."""
     ends = _ends(kv_heads, kv_heads)
     return [
         Pass.between(first, kv_heads - first - last, last) for first in ends for last in ends if kv_heads - first - last > 0

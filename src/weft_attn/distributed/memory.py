@@ -24,7 +24,7 @@ class Memory:
         kept       W * S * Hkv * E * e         with keep_gathered: held from a call's forward to its backward, instead of
                                                `gathered`; not part of the cap
 
-    H is Hkv where the cap allows it: every group of heads (groups.py) then has a buffer of its own, however the heads are grouped.
+    H is Hkv where the cap allows it: every collective (groups.py) then has a buffer of its own, however the heads are grouped.
     Under a smaller cap groups are as large as two of them may be, and take turns with two buffers.
 
     Attributes:
@@ -43,7 +43,7 @@ class Memory:
 
     @property
     def in_turn(self) -> int | None:
-        """Buffers of `largest` heads that groups take turns with; None: each group has one of its own size."""
+        """Buffers of `largest` heads that groups take turns with; None: each collective has one of its own size."""
         return None if self.heads_held == self.largest else BUFFERS_IN_TURN
 
     @property
