@@ -83,6 +83,8 @@ def test_a_run_without_torchrun_says_how_to_start_one(monkeypatch: pytest.Monkey
         ("--heads", "0"),
         ("--rounds", "0"),
         ("--groups", "0"),
+        ("--groups", "1+7"),
+        ("--work", "short"),
         ("--device", "cuda:1"),
     ],
 )

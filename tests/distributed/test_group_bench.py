@@ -28,13 +28,13 @@ from weft_attn.bench import (
 )
 from weft_attn.bench.cases import Model
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
-from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT
+from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT, Grouping
 from weft_attn.bench.measured_rates import rates_of
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
 from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
-from weft_attn.bench.workload import Workload
+from weft_attn.bench.workload import Workload, workloads
 from weft_attn.distributed.collectives import Ranks
-from weft_attn.distributed.groups import equal_groups
+from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.reference import reference_attention
 from weft_attn.testing.ranks import run_ranks
@@ -128,12 +128,16 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
 def in_other_groups(rank: int, world_size: int) -> tuple[list[GroupRecord], list[list[int]]]:
     parallel = weft.ContextParallel()
     records_of = context_parallel.run_workload(
-        Workload(DIVISIBLE, world_size, SMALL, "zigzag"), request(group_counts=(1, 2, 3)), parallel, CPU, ENVIRONMENT
+        Workload(DIVISIBLE, world_size, SMALL, "zigzag"),
+        request(groupings=tuple(map(Grouping.named, ("1", "2", "3", "1+1+0", "0+1+1", "1+2+1")))),
+        parallel,
+        CPU,
+        ENVIRONMENT,
     )
     x = torch.ones(36, 2, 16, requires_grad=True)
     widths: list[list[int]] = []
-    for count in (1, 2):
-        with group_ways.in_groups(equal_groups(2, count)), patched_gathers() as gathers:
+    for grouping in map(Grouping.named, ("1", "2", "0+1+1")):
+        with group_ways.in_groups(grouping.groups(2)), patched_gathers() as gathers:
             parallel.attention(x.repeat(1, 2, 1), x, x, [0, *accumulate(DIVISIBLE)]).sum().backward()
         widths.append([buffer.shape[1] for buffer in gathers])
     return records_of, widths
@@ -157,27 +161,54 @@ def test_other_groups_of_heads_are_timed_and_checked_as_the_chosen_are():
     (found, widths), (same, _) = run_ranks(in_other_groups, 2)
     assert found == same
     by_name = {(r.peer, r.pass_name): r for r in found}
-    for count in (1, 2):
+    for name in ("1 group", "2 groups", "1+1+0 heads", "0+1+1 heads"):
         for pass_name in OWN_PASSES:
-            record = by_name[group_ways.grouped_name(count), pass_name]
+            record = by_name[f"weft: {name}", pass_name]
             assert record.status == OK
             assert record.budgets == by_name[WEFT, pass_name].budgets
             assert record.milliseconds > 0
             assert record.ratio_to_weft > 0
     absent = by_name["weft: 3 groups", FORWARD]
     assert (absent.status, absent.note) == (ABSENT, "2 KV heads, of which 2 may be gathered together, make 1 to 2 groups")
-    # A head has 2 x 16 columns; forward and backward gather alike.
-    assert widths == [[64, 64], [32, 32, 32, 32]]
+    absent = by_name["weft: 1+2+1 heads", BOTH]
+    assert (absent.status, absent.note) == (
+        ABSENT,
+        "of 2 KV heads, 2 may be gathered together: expected all 4 of the groups",
+    )
+    # A head has 2 x 16 columns; two launches of a backward may have one gather.
+    assert widths == [[64, 64], [32, 32, 32, 32], [64, 64]]
 
 
-def test_numbers_of_groups_are_positive():
-    assert context_parallel.chosen_counts(None) == []
-    assert context_parallel.chosen_counts(["4", "1", "4"]) == [1, 4]
+def test_groups_are_a_number_or_the_heads_of_three_launches():
+    named = Grouping.named
+    assert context_parallel.chosen_groupings(None) == []
+    assert context_parallel.chosen_groupings(["4", "1+6+1", "1", "4"]) == [named("1"), named("1+6+1"), named("4")]
     with pytest.raises(InvalidInput, match="given none"):
-        context_parallel.chosen_counts([])
-    for wrong in ("0", "-1", "two", "1.5"):
-        with pytest.raises(InvalidInput, match="positive"):
-            context_parallel.chosen_counts([wrong])
+        context_parallel.chosen_groupings([])
+    for wrong in ("0", "-1", "two", "1.5", "1+7", "1+0+7", "1+6+", "+", "1+2+3+2"):
+        with pytest.raises(InvalidInput, match="groups of heads"):
+            context_parallel.chosen_groupings([wrong])
+    assert (str(named("1")), str(named("2")), str(named("1+6+1"))) == ("1 group", "2 groups", "1+6+1 heads")
+    # A cap that holds fewer than all heads, whose buffers take turns.
+    assert not named("4").obstacle(8, 2)
+    assert named("3").obstacle(8, 2)
+    assert named("1+6+1").obstacle(8, 2)
+    assert not named("1+6+1").obstacle(8, 8)
+    assert named("1+6+1").groups(8) == Groups(Pass.between(1, 7, 0), Pass.between(1, 6, 1))
+
+
+def test_workloads_are_chosen_by_name():
+    def lengths(work: str | None, *, quick: bool = False) -> list[tuple[int, ...]]:
+        return [w.lengths for w in workloads(SMALL, 1, quick=quick, layout="zigzag", max_gather_bytes=None, work=work)]
+
+    for quick in (False, True):
+        parts = [lengths(name, quick=quick) for name in ("packings", "long")]
+        assert all(parts)
+        assert sorted(parts[0] + parts[1]) == sorted(lengths(None, quick=quick))
+    assert lengths("long") == [(32768,)]
+    assert context_parallel.chosen_work("long") == "long"
+    with pytest.raises(InvalidInput, match="workloads"):
+        context_parallel.chosen_work("short")
 
 
 @pytest.mark.parametrize(("batch", "why"), [(1, "2 x ranks divides"), (2, "zigzag layout")])

@@ -21,12 +21,12 @@ from weft_attn.bench.cases import Case, Model, PackedDocuments, Tensors, chosen_
 from weft_attn.bench.group_peers import TWO_CALLS, GroupPeer
 from weft_attn.bench.group_ring import ZigzagRing
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
-from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Way, grouped_name, weft_ways
+from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Grouping, Way, weft_ways
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
 from weft_attn.bench.records import ABSENT, OK, RED, UNCHECKED, Environment, GroupRecord, environment_of, first_line
 from weft_attn.bench.report import share_of_bound
 from weft_attn.bench.timing import Notify, Pace, Samples, clock_of, silent
-from weft_attn.bench.workload import Workload, workloads
+from weft_attn.bench.workload import WORK, Workload, workloads
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.memory import Memory
 from weft_attn.distributed.process_group import own_device
@@ -56,18 +56,20 @@ def chosen_peers(wanted: Sequence[str] | None) -> list[GroupPeer]:
     return [peer for name, peer in known.items() if wanted is None or name in wanted]
 
 
-def chosen_counts(wanted: Sequence[str] | None) -> list[int]:
-    """Numbers of groups, in order, each once; none for None.
+def chosen_groupings(wanted: Sequence[str] | None) -> list[Grouping]:
+    """Groupings in order, each once; none for None.
 
     Raises:
-        InvalidInput: no number, or what is none above 0.
+        InvalidInput: none of them, or what is none.
     """
-    require(wanted is None or bool(wanted), "numbers of groups are given", expected="integers >= 1", given="none")
-    for text in wanted or ():
-        require(
-            text.isdecimal() and int(text) > 0, "a number of groups is positive", expected="an integer >= 1", given=repr(text)
-        )
-    return sorted({int(text) for text in wanted or ()})
+    require(wanted is None or bool(wanted), "groups of heads are given", expected="such as 4 or 1+6+1", given="none")
+    return sorted({Grouping.named(text) for text in wanted or ()})
+
+
+def chosen_work(name: str | None) -> str | None:
+    """Raises InvalidInput: no name of workloads."""
+    require(name in (None, *WORK), "workloads are known", expected=f"one of {list(WORK)}", given=repr(name))
+    return name
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Request:
         peers: who is measured beside Weft.
         device_name: "cuda" (each rank its own GPU) or "cpu".
         layout, max_gather_bytes: as `ContextParallel` takes them.
-        group_counts: groups of KV heads to try beside what Weft chooses; a case whose cap or heads do not allow one leaves it out.
+        groupings: groups of KV heads to try beside what Weft chooses; a case whose cap or heads do not allow one leaves it out.
+        work: "packings" or "long": only these workloads; None: all.
         check: whether results are checked before they are timed.
         quick: tiny workloads.
     """
@@ -89,7 +92,8 @@ class Request:
     pace: Pace
     layout: str = "zigzag"
     max_gather_bytes: int | None = None
-    group_counts: Sequence[int] = ()
+    groupings: Sequence[Grouping] = ()
+    work: str | None = None
     check: bool = True
     quick: bool = False
 
@@ -121,6 +125,7 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
         quick=request.quick,
         layout=request.layout,
         max_gather_bytes=request.max_gather_bytes,
+        work=request.work,
     )
     if parallel.world_size > 1:
         notify("collectives alone")
@@ -257,14 +262,10 @@ def _ways(
 ) -> tuple[list[Way], dict[str, str]]:
     """Weft's ways and the peers' that can, and why the others cannot."""
     heads, largest = work.workload.model.kv_heads, _memory(work.workload, parallel).largest
-    least = -(-heads // largest)
-    absent = {
-        grouped_name(count): f"{heads} KV heads, of which {largest} may be gathered together, make {least} to {heads} groups"
-        for count in request.group_counts
-        if not least <= count <= heads
-    }
-    counts = [count for count in request.group_counts if grouped_name(count) not in absent]
-    ways = weft_ways(work.workload, parallel, work.batch, work.own, work.whole, work.own_oracle, work.whole_oracle, counts)
+    obstacles = {grouping: grouping.obstacle(heads, largest) for grouping in request.groupings}
+    absent = {grouping.way: why for grouping, why in obstacles.items() if why}
+    groupings = [grouping for grouping, why in obstacles.items() if not why]
+    ways = weft_ways(work.workload, parallel, work.batch, work.own, work.whole, work.own_oracle, work.whole_oracle, groupings)
     for peer in request.peers:
         reason = peer.supports(work.workload, device)
         if reason is None:

@@ -24,6 +24,7 @@ from weft_attn.bench.workload import Workload
 from weft_attn.distributed import gathered
 from weft_attn.distributed.groups import Groups, Pass, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
+from weft_attn.errors import require
 from weft_attn.testing.compare import Budget
 
 WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft: kernels", "weft: communication", "ideal"
@@ -84,6 +85,63 @@ class Way:
         )
 
 
+@dataclass(frozen=True, order=True)
+class Grouping:
+    """Other groups of KV heads than Weft chooses.
+
+    Attributes:
+        numbers: one: as many equal groups, each gathered, attended to and reduced by itself. Three: heads of a backward's first, middle
+            and last launch, 0 for none, as `Pass.between` has them; the forward has the first ones' and all others'.
+    """
+
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def named(cls, text: str) -> Grouping:
+        """Of "4" or "1+6+1".
+
+        Raises:
+            InvalidInput: something else.
+        """
+        parts = text.split("+")
+        numbers = tuple(int(part) for part in parts if part.isdecimal())
+        require(
+            len(numbers) == len(parts) and len(parts) in (1, 3) and sum(numbers) > 0 and (len(parts) == 1 or numbers[1] > 0),
+            "groups of heads are a number of them, or heads of a first, a middle and a last launch",
+            expected="N >= 1, or A+B+C with B >= 1",
+            given=repr(text),
+        )
+        return cls(numbers)
+
+    def __str__(self) -> str:
+        if len(self.numbers) > 1:
+            return "+".join(map(str, self.numbers)) + " heads"
+        return f"{self.numbers[0]} group{'' if self.numbers[0] == 1 else 's'}"
+
+    @property
+    def way(self) -> str:
+        """The name of Weft's way in these groups."""
+        return f"{WEFT}: {self}"
+
+    def obstacle(self, heads: int, largest: int) -> str:
+        """Why so many KV heads, of which `largest` may be gathered together, are not grouped so; empty where they may be."""
+        least = -(-heads // largest)
+        if len(self.numbers) == 1:
+            if least <= self.numbers[0] <= heads:
+                return ""
+            return f"{heads} KV heads, of which {largest} may be gathered together, make {least} to {heads} groups"
+        if sum(self.numbers) == heads == largest:
+            return ""
+        return f"of {heads} KV heads, {largest} may be gathered together: expected all {sum(self.numbers)} of the groups"
+
+    def groups(self, heads: int) -> Groups:
+        if len(self.numbers) == 1:
+            equal = Pass.each(equal_groups(heads, self.numbers[0]))
+            return Groups(equal, equal)
+        first, middle, last = self.numbers
+        return Groups(Pass.between(first, middle + last, 0), Pass.between(first, middle, last))
+
+
 def weft_ways(
     workload: Workload,
     parallel: weft.ContextParallel,
@@ -92,14 +150,13 @@ def weft_ways(
     whole: Tensors,
     own_oracle: Oracle | None,
     whole_oracle: Oracle | None,
-    group_counts: Sequence[int] = (),
+    groupings: Sequence[Grouping] = (),
 ) -> list[Way]:
     """Weft first, then its parts.
 
     Args:
         batch: the workload as this rank sees it.
-        group_counts: groups of KV heads to try beside what Weft chooses; at most as many as there are heads, none larger than its cap
-            allows.
+        groupings: groups of KV heads to try beside what Weft chooses, none with an obstacle.
         own, own_oracle: tensors of this rank's tokens, in its order; whole, whole_oracle: of the whole batch.
     """
     cu_seqlens = workload.cu_seqlens
@@ -120,10 +177,10 @@ def weft_ways(
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
     if workload.world_size > 1:
-        for count in group_counts:
-            groups = equal_groups(workload.model.kv_heads, count)
-            note = "as many equal groups of KV heads in both passes, whatever `distributed/groups.py` says"
-            ways.append(Way(grouped_name(count), attend, own, own_oracle, around=partial(in_groups, groups), note=note))
+        for grouping in groupings:
+            groups = grouping.groups(workload.model.kv_heads)
+            note = "these groups of KV heads, whatever `distributed/groups.py` says"
+            ways.append(Way(grouping.way, attend, own, own_oracle, around=partial(in_groups, groups), note=note))
         note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"
         ways.append(Way(COMMUNICATION, attend, own, None, around=without_kernels, note=note))
     note = "every GPU does the whole batch for itself; its time over the ranks, the mean of the GPUs"
@@ -131,23 +188,18 @@ def weft_ways(
     return ways
 
 
-def grouped_name(count: int) -> str:
-    """The way of Weft in this many groups of KV heads."""
-    return f"{WEFT}: {count} group{'' if count == 1 else 's'}"
-
-
 def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Inside, context parallelism does everything but compute."""
     return _exchanged(gathered, attention_into=_nothing, attention_backward_into=_nothing)
 
 
-def in_groups(groups: tuple[slice, ...]) -> contextlib.AbstractContextManager[None]:
-    """Inside, context parallelism goes through KV heads in these groups, forward and backward."""
+def in_groups(groups: Groups) -> contextlib.AbstractContextManager[None]:
+    """Inside, context parallelism goes through KV heads in these groups."""
     # Late: it brings torch._dynamo and Triton along, which a command that only lists its options does without.
     from weft_attn.distributed import context_parallel
 
     def chosen(*_arguments: object) -> Groups:
-        return Groups(Pass.each(groups), Pass.each(groups))
+        return groups
 
     return _exchanged(context_parallel, head_groups=chosen)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,9 @@ DOCUMENTS = "lengths separated by commas, a file of lengths, equal:L or lognorma
 # Lengths for each GPU: a group of W ranks gets every document W times as long, so that a GPU's tokens stay the same.
 PACKINGS_PER_GPU = ((8192,), (256, 7392, 544), (4096, 4096), (3104, 3200, 1600, 160, 128))
 LONG_PER_GPU = (32768,)
+WORK = {"packings": PACKINGS_PER_GPU, "long": (LONG_PER_GPU,)}
 # For smoke runs: odd lengths, a document shorter than the chunks, an empty one.
-QUICK_PER_GPU = ((48,), (1, 0, 37, 10))
+QUICK_WORK = {"long": ((48,),), "packings": ((1, 0, 37, 10),)}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,15 @@ class Workload:
         return f"{tokens_in_words(self.tokens // self.world_size)} per GPU, {documents}"
 
 
-def workloads(model: Model, world_size: int, *, quick: bool, layout: str, max_gather_bytes: int | None) -> list[Workload]:
-    """What `weft bench cp` measures: the packings, then one long document."""
-    per_gpu: Sequence[tuple[int, ...]] = QUICK_PER_GPU if quick else (*PACKINGS_PER_GPU, LONG_PER_GPU)
+def workloads(
+    model: Model, world_size: int, *, quick: bool, layout: str, max_gather_bytes: int | None, work: str | None = None
+) -> list[Workload]:
+    """What `weft bench cp` measures: the packings, then one long document; or only those of a name in WORK."""
+    known: Mapping[str, tuple[tuple[int, ...], ...]] = QUICK_WORK if quick else WORK
     return [
         Workload(tuple(length * world_size for length in lengths), world_size, model, layout, max_gather_bytes)
+        for name, per_gpu in known.items()
+        if work in (None, name)
         for lengths in per_gpu
     ]
 

@@ -18,7 +18,11 @@ from weft_attn.outputs import require_writable
 def bench_cp(
     layout: Annotated[str, typer.Option(help="zigzag, contiguous or striped")] = "zigzag",
     max_gather_bytes: Annotated[int | None, typer.Option(help="cap of gathered keys, values and gradients (4 GiB)")] = None,
-    groups: Annotated[str | None, typer.Option(help="also in so many equal groups of KV heads, comma-separated")] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="also in other groups of KV heads, comma-separated: 4 (equal ones), 1+6+1 (a backward's launches)"),
+    ] = None,
+    work: Annotated[str | None, typer.Option(help='only "packings" of 8K tokens a GPU, or only the "long" document')] = None,
     head_dim: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="query heads")] = None,
     kv_heads: Annotated[int | None, typer.Option()] = None,
@@ -44,7 +48,8 @@ def bench_cp(
         pace=timing.chosen_pace(quick=quick, rounds=rounds),
         layout=layout,
         max_gather_bytes=max_gather_bytes,
-        group_counts=context_parallel.chosen_counts(cases.comma_separated(groups)),
+        groupings=context_parallel.chosen_groupings(cases.comma_separated(groups)),
+        work=context_parallel.chosen_work(work),
         check=check,
         quick=quick,
     )
