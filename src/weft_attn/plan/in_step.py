@@ -145,7 +145,7 @@ def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, g
         heads = max(1, min(grid.heads, programs // largest))
         grouped = _in_order(steps, is_flat, component, heads, programs)
         # Sorted at the end: half a round, or a whole one.
-        for last in (programs // 2, programs):
+        for last in (-(-programs // 2), programs):
             order = grouped.copy()
             order[-last:] = order[-last:][np.argsort(-steps[order[-last:]], kind="stable")]
             if _waiting(steps[order], heads, grid) <= most:
@@ -174,7 +174,8 @@ def _waiting(steps: IntArray, heads: int, grid: Grid) -> float:
     """How much longer a launch takes than with programs that end all at once, as a share of that."""
     lengths, waves = steps + ITEM_STEPS, -(-grid.heads // heads)
     even = waves * float(lengths.sum()) / _at_a_time(grid.programs, heads)
-    return float((_begins(lengths, grid.programs, heads, waves)[-1] + lengths).max()) / even - 1.0
+    ends = max(int((begins + lengths).max()) for begins in _begins(lengths, grid.programs, heads, waves))
+    return ends / even - 1.0
 
 
 def _walks(steps: IntArray, component: IntArray, programs: int, heads: int) -> IntArray:
