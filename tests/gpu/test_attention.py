@@ -57,6 +57,7 @@ def test_every_plan_matches_the_oracle(name: str) -> None:
         (8, 8, torch.bfloat16),
         (24, 24, torch.float16),
         (64, 64, torch.float16),
+        (72, 72, torch.bfloat16),
         (80, 80, torch.bfloat16),
         (128, 128, torch.float16),
         (192, 128, torch.bfloat16),
@@ -142,8 +143,8 @@ def test_a_window_over_64k_matches_the_oracle() -> None:
 # ---- switches -------------------------------------------------------------------------------------------------------------
 
 
-def chosen(kernel: str, x: Inputs) -> StreamConfig:
-    config = select(kernel, problem_of(x.q, x.k, x.v), device_of(x.q.device)).config
+def chosen(kernel: str, plan: weft.Plan, x: Inputs) -> StreamConfig:
+    config = select(kernel, problem_of(plan, x.q, x.k, x.v), device_of(x.q.device)).config
     assert isinstance(config, StreamConfig)
     return config
 
@@ -171,8 +172,10 @@ def test_switches_match_the_oracle(switch: dict[str, Any]) -> None:
     case = replace(MAIN, plan="packed")
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
-    names = [n for n in ("forward", "backward_dkdv", "backward_dq") if all(hasattr(chosen(n, x), field) for field in switch)]
-    with override(*(replace(chosen(name, x), **switch) for name in names)):
+    names = [
+        n for n in ("forward", "backward_dkdv", "backward_dq") if all(hasattr(chosen(n, plan, x), field) for field in switch)
+    ]
+    with override(*(replace(chosen(name, plan, x), **switch) for name in names)):
         assert_matches_oracle(evaluate(ours(case, plan), x), case, plan, x)
 
 

@@ -11,7 +11,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.launch import override
-from weft_attn.launch.config import HopperConfig, LaunchConfig
+from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
 from weft_attn.testing.cases import PLANS, Case, make_inputs
@@ -28,11 +28,15 @@ def _on_hopper() -> None:
 
 
 def rows_of(case: Case, *, deterministic: bool = False) -> list[LaunchConfig]:
-    """What the tables give this head dim, as overrides: they run whatever the number of rows and keys."""
-    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8)
+    """What the tables give this head dim, as overrides: they run whatever the number of rows and keys.
+
+    Those of many keys a query, and where they are to be deterministic those of few.
+    """
+    keys = 0 if deterministic else math.inf
+    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, keys_per_query=keys)
     device = device_of(DEVICE)
     choices = [select_first(FORWARD_KERNELS, problem, device)]
-    fused = None if deterministic else select_fused(problem, device, math.inf)
+    fused = None if deterministic else select_fused(problem, device)
     choices += [fused] if fused else [select_first(kernels, problem, device) for kernels in (DKDV_KERNELS, DQ_KERNELS)]
     found: list[LaunchConfig] = [c.config for c in choices if isinstance(c.config, HopperConfig)]
     assert found, "no row of the tables serves the case"
@@ -144,6 +148,13 @@ def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle
         assert_matches_oracle(found, case, plan, inputs)
 
 
+@pytest.mark.parametrize("name", [name for name in PLANS if name not in ("no_rows", "no_keys")])
+def test_three_consumers_in_turn_match_the_oracle_on_every_plan(name: str) -> None:
+    case = replace(MAIN, plan=name, head_dim=64, sinks=name == "packed")
+    assert any(isinstance(row, HopperForwardConfig) and row.consumers == 3 for row in rows_of(case))
+    check(case, poison=name in ("zigzag_padded", "unseen", "groups"))
+
+
 def test_graphs_replay_beside_eager_launches() -> None:
     """A persistent grid counts its items: a captured launch with a counter of its own."""
     case = replace(MAIN, plan="packed")
@@ -162,6 +173,18 @@ def test_graphs_replay_beside_eager_launches() -> None:
             torch.cuda.synchronize()
             assert torch.equal(got, want)
             assert torch.equal(eager, want)
+
+
+def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit() -> None:
+    case = replace(MAIN, plan="packed", head_dim=64, sinks=True)
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    with override(*rows_of(case)), torch.no_grad():
+        first = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks)
+        for _ in range(1000):
+            differing += (weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks) != first).sum()
+    assert int(differing) == 0
 
 
 def test_a_thousand_runs_are_equal_to_the_bit() -> None:
@@ -204,8 +227,8 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: in
 def test_long_rows_take_the_fused_backward_and_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
     case = replace(MAIN, plan="zigzag_rank_1_of_2", size=5000, heads=4, kv_heads=1, head_dim=dim, dtype=dtype)
     plan = case.make_plan()
-    problem = Problem(dim, dim, 16)
-    assert select_fused(problem, device_of(DEVICE), plan.keys_per_query) is not None
+    problem = Problem(dim, dim, 16, keys_per_query=plan.keys_per_query)
+    assert select_fused(problem, device_of(DEVICE)) is not None
     x = make_inputs(case, plan, DEVICE)
     for deterministic in (False, True):
         attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic)

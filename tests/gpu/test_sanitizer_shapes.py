@@ -10,7 +10,6 @@ A test, and a script to run under a memory checker:
 
 from __future__ import annotations
 
-import math
 import sys
 
 import pytest
@@ -43,7 +42,7 @@ CASES = [
 def run(case: Case) -> None:
     """Once as selection says, and once with Hopper's forward and fused backward where they serve: selection leaves them few rows."""
     problem, device = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8), device_of(torch.device("cuda"))
-    choice, fused = select_first(FORWARD_KERNELS, problem, device), select_fused(problem, device, math.inf)
+    choice, fused = select_first(FORWARD_KERNELS, problem, device), select_fused(problem, device)
     launch(case)
     if isinstance(choice.config, HopperForwardConfig) and fused:
         with override(choice.config, fused.config):

@@ -27,7 +27,6 @@ from weft_attn.launch.select import (
     DQ_KERNELS,
     FORWARD_KERNELS,
     FUSED_KERNEL,
-    FUSED_LEAST_KEYS,
     MANY_ROWS,
     Choice,
     Problem,
@@ -59,13 +58,18 @@ ARCH = table("sm_90", 'arch = "sm_90"', "block_q = 32\nblock_k = 16")
 DEVICE = table("h200", 'arch = "sm_90"\ndevice = "H200"', "block_q = 64\nblock_k = 16")
 
 
+def forget_searches() -> None:
+    select_module._search_rows.cache_clear()
+    select_module._key_numbers.cache_clear()
+
+
 @pytest.fixture
 def use_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    select_module._search_tables.cache_clear()
+    forget_searches()
     monkeypatch.setattr(select_module, "tables", lambda: (ANY, ARCH, DEVICE))
     yield monkeypatch
     monkeypatch.undo()
-    select_module._search_tables.cache_clear()
+    forget_searches()
 
 
 def forward(block_q: int = 64, block_k: int = 32, **more: object) -> ForwardConfig:
@@ -348,22 +352,65 @@ def test_the_last_wave_lasts_as_long_as_its_longest_item() -> None:
     assert last_heads(device_stream(Plan([], 10, 0), Tiling(128, 64), torch.device("cpu")), 132, 8) == 0
 
 
+def seen(problem: Problem, keys: float) -> Problem:
+    return replace(problem, keys_per_query=keys)
+
+
 def test_the_fused_backward_serves_long_rows_unless_another_kernel_is_asked_for() -> None:
-    long, short = float(FUSED_LEAST_KEYS), FUSED_LEAST_KEYS - 1.0
-    fused = select_fused(PROBLEM, H200, long)
+    long, short = seen(PROBLEM, 512.0), seen(PROBLEM, 511.9)
+    fused = select_fused(long, H200)
     assert fused is not None
     assert fused.config.kernel == FUSED_KERNEL
-    assert select_fused(PROBLEM, H200, short) is None
-    assert select_fused(PROBLEM, target("sm_80"), long) is None
-    assert select_fused(Problem(96, 96, 16), H200, long) is None
+    assert select_fused(short, H200) is None
+    assert select_fused(long, target("sm_80")) is None
+    assert select_fused(Problem(96, 96, 16), H200) is None
     for kernels in (DKDV_KERNELS, DQ_KERNELS):
         for kernel in kernels:
             with override(select(kernel, PROBLEM, H200).config):
-                assert select_fused(PROBLEM, H200, long) is None, kernel
+                assert select_fused(long, H200) is None, kernel
     with override(fused.config):
-        assert select_fused(PROBLEM, H200, short) == Choice(fused.config, "override")
+        assert select_fused(short, H200) == Choice(fused.config, "override")
         with pytest.raises(InvalidConfig):
-            select_fused(PROBLEM, target("sm_80"), long)
+            select_fused(long, target("sm_80"))
+
+
+def test_a_row_serves_queries_that_see_so_many_keys_and_the_one_of_most_keys_is_taken(use_tables: pytest.MonkeyPatch) -> None:
+    rows = table(
+        "sm_90", 'arch = "sm_90"', "block_q = 16\nblock_k = 16", "block_q = 64\nblock_k = 16\nleast_keys = 100",
+        "block_q = 32\nblock_k = 16\nleast_keys = 10",
+    )  # fmt: skip
+    use_tables.setattr(select_module, "tables", lambda: (ANY, rows))
+    found = [tile(seen(PROBLEM, keys), H200)[0] for keys in (0, 9.9, 10, 99.5, 100, 1e9, float("inf"))]
+    assert found == [16, 16, 32, 32, 64, 64, 64]
+    before = select_module._search_rows.cache_info().misses
+    tile(seen(PROBLEM, 42.5), H200)
+    assert select_module._search_rows.cache_info().misses == before, "no search for what no row tells apart"
+
+
+def test_three_consumers_serve_long_rows_that_fill_their_items() -> None:
+    problem = Problem(64, 64, 16)
+
+    def consumers(plan: Plan) -> int:
+        config = cut_forward(plan, 32, 8, seen(problem, plan.keys_per_query), H200).config
+        assert isinstance(config, HopperForwardConfig)
+        assert config.cut[0] == 64 * config.consumers
+        return config.consumers
+
+    assert consumers(Plan.dense(1, 16384, 16384, causal=True)) == 3
+    assert consumers(Plan.dense(4, 4096, 4096, causal=True)) == 2, "few keys"
+    assert consumers(Plan.zigzag([0, 65536], 3, 8)) == 3
+    # Chunks of 512 rows: three items of 192 each where four of 128 are full.
+    assert consumers(Plan.zigzag([0, 16384], 3, 16)) == 2
+    wide = select("hopper_forward", problem, H200).config
+    assert isinstance(wide, HopperForwardConfig)
+    with override(wide):
+        assert consumers(Plan.zigzag([0, 16384], 3, 16)) == 3, "what is asked for runs"
+
+
+@pytest.mark.parametrize("consumers", [1, 4])
+def test_a_forward_has_two_consumers_or_three(consumers: int) -> None:
+    with pytest.raises(InvalidConfig, match=f"expected 2 or 3, given {consumers}"):
+        HopperForwardConfig(block_k=64, num_warps=4, num_stages=2, consumers=consumers)
 
 
 def test_delta_is_overridable_like_the_others() -> None:

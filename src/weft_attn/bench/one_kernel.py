@@ -40,7 +40,7 @@ def needs_kernels(device: torch.device) -> None:
 
 def base_choice(kernel: str, case: Case, tensors: Tensors) -> Choice:
     """What selection gives this portable kernel for the case, overrides included, whether or not another runs in its place."""
-    problem = ops.problem_of(tensors.q, tensors.k, tensors.v)
+    problem = ops.problem_of(case.plan, tensors.q, tensors.k, tensors.v)
     if kernel == FORWARD:
         running = running_choice(kernel, case, tensors)
         if running.config.kernel == FORWARD:
@@ -52,7 +52,7 @@ def running_choice(kernel: str, case: Case, tensors: Tensors) -> Choice:
     """What runs for the work of this portable kernel: itself, or the one that is preferred to it."""
     if kernel == FORWARD:
         return ops.prepare_forward(case.plan, tensors.q, tensors.k, tensors.v).cut.choice
-    problem = ops.problem_of(tensors.q, tensors.k, tensors.v)
+    problem = ops.problem_of(case.plan, tensors.q, tensors.k, tensors.v)
     return select_first(DKDV_KERNELS if kernel == DKDV else DQ_KERNELS, problem, device_of(tensors.device))
 
 
@@ -64,9 +64,9 @@ def describe_choice(pass_name: str, case: Case, tensors: Tensors) -> str:
     if pass_name == "forward":
         choices = (running_choice(FORWARD, case, tensors),)
     else:
-        problem = ops.backward_problem(tensors.q, tensors.k, tensors.v, tensors.dout)
+        problem = ops.backward_problem(case.plan, tensors.q, tensors.k, tensors.v, tensors.dout)
         deterministic = ops.is_deterministic(case.deterministic)
-        choices = select_backward(problem, device_of(tensors.device), case.plan.keys_per_query, deterministic=deterministic)
+        choices = select_backward(problem, device_of(tensors.device), deterministic=deterministic)
     return "; ".join(f"{describe_config(c.config)} [{c.source}]" for c in choices)
 
 
@@ -171,7 +171,7 @@ def measure_configs(
         one record for each config, in the order given; ABSENT with the reason where the device cannot run it.
     """
     template = partial(Record, environment=environment, pass_name=kernel, **describe_case(runs.case))
-    problem = ops.problem_of(runs.tensors.q, runs.tensors.k, runs.tensors.v)
+    problem = ops.problem_of(runs.case.plan, runs.tensors.q, runs.tensors.k, runs.tensors.v)
     device = device_of(runs.tensors.device)
     records: dict[str, Record] = {}
     calls: dict[str, Call] = {}

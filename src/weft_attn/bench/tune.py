@@ -231,7 +231,7 @@ def tune(search: Search, device: torch.device, pace: Pace, environment: Environm
     )
     small = search.checked_case()
     check = Check.on(KernelRuns(small, make_tensors(small, device)))
-    problem, holder = ops.problem_of(runs.tensors.q, runs.tensors.k, runs.tensors.v), device_of(device)
+    problem, holder = ops.problem_of(runs.case.plan, runs.tensors.q, runs.tensors.k, runs.tensors.v), device_of(device)
     chosen = base_choice(search.kernel, case, runs.tensors).config
 
     def measured(configs: Iterable[LaunchConfig], at: Pace) -> tuple[list[Record], list[LaunchConfig]]:
@@ -308,9 +308,9 @@ def table_to_write(path: Path, device: Device) -> tuple[Table, str]:
     return table, "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
 
 
-def _work(row: Row) -> tuple[str, int, int, int]:
+def _work(row: Row) -> tuple[str, int, int, int, int]:
     """What a row serves."""
-    return row.config.kernel, row.head_dim, row.dtype_bits, row.few_rows
+    return row.config.kernel, row.head_dim, row.dtype_bits, row.few_rows, row.least_keys
 
 
 def format_table(table: Table) -> str:
@@ -326,6 +326,7 @@ def format_table(table: Table) -> str:
 def _row_entries(row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {} if row.few_rows == MANY_ROWS else {"few_rows": row.few_rows}
     found |= {"head_dim": row.head_dim, "dtype_bits": row.dtype_bits}
+    found |= {"least_keys": row.least_keys} if row.least_keys else {}
     found |= {f.name: getattr(row.config, f.name) for f in fields(row.config)}
     found |= {"measured": row.measured} if row.measured else {}
     return found | ({"note": row.note} if row.note else {})

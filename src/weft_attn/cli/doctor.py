@@ -54,7 +54,7 @@ def doctor(
         return
     how = "[bold]triton[/], in Triton's interpreter" if device is INTERPRETER else "[bold]triton[/]"
     console.print(f"kernel: {how}, on {device.name} ({device.arch}, {device.multiprocessors} multiprocessors)")
-    explanation = explain(plan, heads, kv_heads, ops.problem_of(q, k, v), device)
+    explanation = explain(plan, heads, kv_heads, ops.problem_of(plan, q, k, v), device)
     console.print(explanation.cut_in_words)
     console.print(explanation.backward_in_words)
     console.print(_kernel_table(explanation))

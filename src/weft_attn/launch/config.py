@@ -17,6 +17,8 @@ from weft_attn.errors import WeftError, require
 CACHE_MODIFIERS = ("", ".ca", ".cg")
 # The widest head whose dK and dV of 64 keys one warp group of Hopper's fused backward holds in its registers.
 WIDEST_PAIR = 128
+# Rows that a consumer of Hopper's kernels multiplies at a time.
+ROWS_PER_CONSUMER = 64
 
 
 class InvalidConfig(WeftError):
@@ -119,7 +121,7 @@ class BackwardDqConfig(StreamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig(LaunchConfig):
-    """A warp-specialised kernel of sm_90 (Gluon): a producer warp group and two consumers of 64 rows each, in a persistent grid.
+    """A warp-specialised kernel of sm_90 (Gluon): a producer warp group and consumers of 64 rows each, in a persistent grid.
 
     A row of a table serves one head dim, its own. num_warps are those of a warp group; num_stages: streamed tiles on their way.
     max_registers: what a thread is compiled for; consumer_registers: what a consumer's thread gets once the producer has given up
@@ -129,8 +131,10 @@ class HopperConfig(LaunchConfig):
     consumer_registers: int = 240
     max_registers: int = 168
 
-    # Rows of an item: both consumers'.
-    rows_per_item: ClassVar[int] = 128
+    @property
+    def rows_per_item(self) -> int:
+        """Rows of an item, those of all consumers, where there are two."""
+        return 2 * ROWS_PER_CONSUMER
 
     @property
     def cut(self) -> tuple[int, int]:
@@ -140,16 +144,28 @@ class HopperConfig(LaunchConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperForwardConfig(HopperConfig):
-    """Forward on Hopper: 128 query rows against key tiles of `block_k`.
+    """Forward on Hopper: 64 query rows for each consumer against key tiles of `block_k`.
 
-    q_in_registers: keep Q as a register operand, which frees its shared memory for the next item's.
+    consumers: two, or three in turn, which share the registers of a multiprocessor. q_in_registers: keep Q as a register operand,
+    which frees its shared memory for the next item's.
     """
 
     kernel: ClassVar[str] = "hopper_forward"
 
     block_k: int
+    consumers: int = 2
     q_in_registers: bool = True
     wave_bytes: int = 32 * 2**20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.consumers in (2, 3), "consumers are two or three", expected="2 or 3", given=self.consumers, error=InvalidConfig
+        )
+
+    @property
+    def rows_per_item(self) -> int:
+        return ROWS_PER_CONSUMER * self.consumers
 
     @property
     def cut(self) -> tuple[int, int]:

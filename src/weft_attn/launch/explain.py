@@ -144,7 +144,7 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
     cut = cut_forward(plan, heads, kv_heads, problem, device)
     stream = host_stream(plan, cut.tiling)
     choices = [cut.choice, *(select_first(kernels, problem, device) for kernels in OTHER_KERNELS)]
-    fused, *others = select_backward(problem, device, plan.keys_per_query, deterministic=False)
+    fused, *others = select_backward(problem, device, deterministic=False)
     if not others:
         choices += [fused, select("finish_dq", problem, device)]
     kernels = tuple(

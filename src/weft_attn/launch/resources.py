@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft_attn.launch.config import (
+    ROWS_PER_CONSUMER,
     WIDEST_PAIR,
     BackwardDkdvConfig,
     BackwardDqConfig,
@@ -126,14 +127,14 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
     if isinstance(config, BackwardDkdvConfig):
         return config.block_k * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperForwardConfig):
-        return config.rows_per_item // 2 * (dv + config.block_k) // threads
+        return ROWS_PER_CONSUMER * (dv + config.block_k) // threads
     if isinstance(config, HopperBackwardConfig) and is_wide(shape):
         # A consumer holds one gradient and no tile of scores.
         return config.block_k * d // threads
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
-        return config.rows_per_item // 2 * (d + dv + 2 * config.block_q) // threads
+        return ROWS_PER_CONSUMER * (d + dv + 2 * config.block_q) // threads
     if isinstance(config, HopperBackwardDqConfig):
-        return config.rows_per_item // 2 * (d + 2 * config.block_k) // threads
+        return ROWS_PER_CONSUMER * (d + 2 * config.block_k) // threads
     return 0
 
 

@@ -9,6 +9,7 @@ chosen, because `resources.py` computes what it needs.
 from __future__ import annotations
 
 import contextlib
+import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -29,8 +30,6 @@ DKDV_KERNELS = ("hopper_backward_dkdv", "backward_dkdv")
 DQ_KERNELS = ("hopper_backward_dq", "backward_dq")
 # All gradients in one kernel, five products instead of seven, where the order of dQ's sums need not be fixed.
 FUSED_KERNEL = "hopper_backward"
-# Keys that a query sees in the mean, from which on the two products saved outweigh that dQ is summed in memory in float32.
-FUSED_LEAST_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Problem:
         dtype_bits: 16 or 32.
         few_rows: rows of a packed query tile that hold work when query rows are few and keys are split; MANY_ROWS otherwise.
         tma_possible: the tensors' alignment allows tensor descriptors.
+        keys_per_query: visible keys of a query row, in the mean.
     """
 
     head_dim: int
@@ -49,6 +49,7 @@ class Problem:
     dtype_bits: int
     few_rows: int = MANY_ROWS
     tma_possible: bool = True
+    keys_per_query: float = math.inf
 
     @property
     def shape(self) -> Shape:
@@ -72,6 +73,7 @@ class Row:
         head_dim: serves padded head dims up to this.
         dtype_bits: serves this width.
         few_rows: serves packed tiles of up to this many rows when keys are split; MANY_ROWS: full tiles.
+        least_keys: serves queries that see so many keys or more, in the mean.
     """
 
     table: str
@@ -79,6 +81,7 @@ class Row:
     dtype_bits: int
     few_rows: int
     config: LaunchConfig
+    least_keys: int = 0
     measured: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     note: str = ""
 
@@ -195,33 +198,29 @@ def select_first(kernels: tuple[str, ...], problem: Problem, device: Device) -> 
     return select(kernels[-1], problem, device)
 
 
-def select_fused(problem: Problem, device: Device, keys_per_query: float) -> Choice | None:
+def select_fused(problem: Problem, device: Device) -> Choice | None:
     """The config of the kernel that computes all gradients, or None where the kernels for each of them run instead.
-
-    Args:
-        keys_per_query: visible keys of a query row, in the mean.
 
     Raises:
         InvalidConfig: an override that the device cannot hold.
     """
     if FUSED_KERNEL in _overrides:
         return select(FUSED_KERNEL, problem, device)
-    if keys_per_query < FUSED_LEAST_KEYS or any(kernel in _overrides for kernel in (*DKDV_KERNELS, *DQ_KERNELS)):
+    if any(kernel in _overrides for kernel in (*DKDV_KERNELS, *DQ_KERNELS)):
         return None
     return _search_tables(FUSED_KERNEL, problem, device)[0]
 
 
-def select_backward(problem: Problem, device: Device, keys_per_query: float, *, deterministic: bool) -> tuple[Choice, ...]:
+def select_backward(problem: Problem, device: Device, *, deterministic: bool) -> tuple[Choice, ...]:
     """The kernels that compute all gradients: one for all of them, or one for dK and dV and one for dQ.
 
     Args:
-        keys_per_query: as for `select_fused`.
         deterministic: bits must not change from run to run.
 
     Raises:
         InvalidConfig, Unsupported: as `select_first`.
     """
-    fused = None if deterministic else select_fused(problem, device, keys_per_query)
+    fused = None if deterministic else select_fused(problem, device)
     if fused:
         return (fused,)
     return select_first(DKDV_KERNELS, problem, device), select_first(DQ_KERNELS, problem, device)
@@ -259,9 +258,21 @@ def _select_from_tables(kernel: str, problem: Problem, device: Device) -> Choice
     return choice
 
 
-@lru_cache(maxsize=4096)
 def _search_tables(kernel: str, problem: Problem, device: Device) -> tuple[Choice | None, list[str]]:
     """The first row that serves and fits, and why the rows before it do not."""
+    # Plans whose queries see as many keys as far as any row tells them apart are searched for once.
+    keys = max(least for least in _key_numbers() if least <= problem.keys_per_query)
+    return _search_rows(kernel, replace(problem, keys_per_query=keys), device)
+
+
+@lru_cache(maxsize=1)
+def _key_numbers() -> frozenset[int]:
+    """All rows' `least_keys`, and 0."""
+    return frozenset({0, *(row.least_keys for table in tables() for row in table.rows)})
+
+
+@lru_cache(maxsize=4096)
+def _search_rows(kernel: str, problem: Problem, device: Device) -> tuple[Choice | None, list[str]]:
     rejected: list[str] = []
     for source, rows in _candidates(kernel, problem, device):
         for row in rows:
@@ -284,6 +295,7 @@ def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple
             if row.config.kernel == kernel
             and row.dtype_bits == problem.dtype_bits
             and row.head_dim >= problem.shape.widest
+            and row.least_keys <= problem.keys_per_query
             and (row.few_rows == MANY_ROWS) == (problem.few_rows == MANY_ROWS or kernel != "forward")
             and (
                 not isinstance(row.config, HopperConfig)
@@ -291,7 +303,10 @@ def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple
             )
         ]
         # The tightest row that serves; when no few-rows tile holds all rows, the largest one.
-        return sorted(rows, key=lambda r: (r.head_dim, r.few_rows < problem.few_rows, abs(r.few_rows - problem.few_rows)))
+        return sorted(
+            rows,
+            key=lambda r: (r.head_dim, -r.least_keys, r.few_rows < problem.few_rows, abs(r.few_rows - problem.few_rows)),
+        )
 
     for table in tables():
         if table.device is not None and table.arch == device.arch and table.device in device.name:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weft_attn.launch.config import ForwardConfig, HopperForwardConfig
 from weft_attn.launch.device import Device
@@ -15,6 +15,8 @@ from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 OCCUPIED = 0.8
 # An item shorter than this is mostly start-up and combining.
 MIN_TILES = 4
+# Rows that wide items may take up, over those that narrow ones do: three consumers gain 2 to 9% (docs/adr/0022).
+PADDING = 1.04
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     split over the machine.
     """
     enough = OCCUPIED * device.multiprocessors
-    choice = select_first(FORWARD_KERNELS, problem, device)
+    choice = _choose_forward(plan, problem, device)
     config = choice.config
     if isinstance(config, HopperForwardConfig):
         if count_items(plan, config.cut[0]) * heads >= enough or choice.source == "override":
@@ -56,6 +58,20 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     programs = max(1, device.multiprocessors * config.programs_per_sm // (heads // pack))
     max_tiles = max(MIN_TILES, -(-steps_of(plan, rows, config.block_k) // programs))
     return ForwardCut(choice, config, pack, Tiling(rows, config.block_k, max_tiles))
+
+
+def _choose_forward(plan: Plan, problem: Problem, device: Device) -> Choice:
+    """What selection says; where it says wide items and these fill much worse than narrow ones, what it says of few keys."""
+    choice = select_first(FORWARD_KERNELS, problem, device)
+    if not isinstance(choice.config, HopperForwardConfig) or choice.config.consumers == 2 or choice.source == "override":
+        return choice
+    narrow = select_first(FORWARD_KERNELS, replace(problem, keys_per_query=0), device)
+    if not isinstance(narrow.config, HopperForwardConfig):
+        return choice
+    wide_rows, narrow_rows = (
+        config.rows_per_item * count_items(plan, config.rows_per_item) for config in (choice.config, narrow.config)
+    )
+    return narrow if wide_rows > PADDING * narrow_rows else choice
 
 
 def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:

@@ -67,18 +67,23 @@ def _describable(*tensors: torch.Tensor) -> bool:
     )
 
 
-def problem_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Problem:
-    """What selection needs to know of a call's tensors; `others` lie in memory beside them."""
-    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=_describable(q, k, v, *others))
+def problem_of(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Problem:
+    """What selection needs to know of a call; `others` lie in memory beside q, k and v."""
+    return _problem(plan, q, v, tma_possible=_describable(q, k, v, *others))
 
 
-def backward_problem(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
+def _problem(plan: Plan, q: torch.Tensor, v: torch.Tensor, *, tma_possible: bool) -> Problem:
+    bits = q.element_size() * 8
+    return Problem(q.shape[2], v.shape[2], bits, tma_possible=tma_possible, keys_per_query=plan.keys_per_query)
+
+
+def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
     """As `problem_of`, for all kernels of a backward, so that they are chosen alike. The copy engine counts elements in int32."""
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
 
     statistics = math.prod(stats_shape(q.shape[1], q.shape[0], SHIFTED_COPIES))
     describable = _describable(q, k, v, dout) and statistics < 2**31
-    return Problem(q.shape[2], v.shape[2], q.element_size() * 8, tma_possible=describable)
+    return _problem(plan, q, v, tma_possible=describable)
 
 
 def is_deterministic(asked: bool) -> bool:
@@ -105,7 +110,7 @@ class PreparedForward:
 
 def prepare_forward(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> PreparedForward:
     """Select, cut and place; `others` are tensors that the kernel describes beside q, k and v."""
-    cut = cut_forward(plan, q.shape[1], k.shape[1], problem_of(q, k, v, *others), device_of(q.device))
+    cut = cut_forward(plan, q.shape[1], k.shape[1], problem_of(plan, q, k, v, *others), device_of(q.device))
     kv_heads_together = _wave(cut.config, k, v, 1, k.shape[1])
     wave = kv_heads_together * (q.shape[1] // k.shape[1]) // cut.pack
     return PreparedForward(cut, device_stream(plan, cut.tiling, q.device), wave)
@@ -196,7 +201,7 @@ def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: flo
 
     steps = [Step(attend)]
     if stream.slots:
-        combine_config = select("combine", problem_of(q, k, v), device_of(q.device)).config
+        combine_config = select("combine", problem_of(plan, q, k, v), device_of(q.device)).config
 
         def combine(t: Any) -> KernelCall:
             return combine_call(
@@ -330,7 +335,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
     q, k, v, dout, dq = tensors["q"], tensors["k"], tensors["v"], tensors["dout"], tensors["dq"]
     heads, total_q = q.shape[1], q.shape[0]
     device = device_of(q.device)
-    problem = backward_problem(q, k, v, dout)
+    problem = backward_problem(plan, q, k, v, dout)
     delta_config = select("delta", problem, device).config
 
     def delta(t: Any) -> KernelCall:
@@ -347,7 +352,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
 
     wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
     if wants_dkdv and wants_dq:
-        chosen = select_backward(problem, device, plan.keys_per_query, deterministic=deterministic)
+        chosen = select_backward(problem, device, deterministic=deterministic)
     else:
         wanted = [kernels for kernels, wants in ((DKDV_KERNELS, wants_dkdv), (DQ_KERNELS, wants_dq)) if wants]
         chosen = tuple(select_first(kernels, problem, device) for kernels in wanted)

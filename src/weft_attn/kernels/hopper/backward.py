@@ -109,7 +109,7 @@ def hopper_backward_kernel(
         )
     elif dq_sum_desc is None:
         memory = make_memory(p, schedule, CONSUMERS, 1, STAGES, 0)
-        agreement = make_agreement()
+        agreement = make_agreement(CONSUMERS)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -122,7 +122,7 @@ def hopper_backward_kernel(
         )
     else:
         memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
-        agreement = make_agreement()
+        agreement = make_agreement(CONSUMERS)
         exchange = make_exchange(p, dq_sum_desc)
         fence_async_shared()
         gl.warp_specialize(

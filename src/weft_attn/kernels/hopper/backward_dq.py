@@ -25,14 +25,16 @@ from weft_attn.kernels.hopper.schedule import Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
+    ZERO,
     agree,
     as_operand,
     clean_half,
     head_box,
-    is_visible,
+    hide,
     load_keys_and_values,
     make_agreement,
     product_layout,
+    visible_words,
     write_rows,
 )
 from weft_attn.kernels.triton import layout
@@ -153,7 +155,7 @@ def _accumulate_tile(
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)
     if IS_MASKED:
-        dscores = gl.where(is_visible(first, stop, col, scores_layout), dscores, 0.0)
+        dscores = hide(dscores, visible_words(first, stop, col, scores_layout), ZERO)
     operand = as_operand(dscores, p.k_desc.dtype, product_layout(p.HEAD_DIM))
     dq_acc = warpgroup_mma(operand, k_tile, dq_acc, is_async=True)
     dq_acc = warpgroup_mma_wait(0, deps=[dq_acc])
@@ -272,7 +274,7 @@ def hopper_backward_dq_kernel(
     dout = make_ring(dout_desc, CONSUMERS, 1)
     k = make_ring(k_desc, STAGES, CONSUMERS)
     v = make_ring(v_desc, STAGES, CONSUMERS)
-    memory = Memory(schedule, q, dout, k, v, make_agreement())
+    memory = Memory(schedule, q, dout, k, v, make_agreement(CONSUMERS))
     fence_async_shared()
     gl.warp_specialize(
         [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],

@@ -13,7 +13,17 @@ from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 from weft_attn.kernels.hopper.schedule import Schedule, load_item
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, agree, clean_half, is_visible, product_layout, write_rows
+from weft_attn.kernels.hopper.tiles import (
+    CONSUMERS,
+    ROWS,
+    ZERO,
+    agree,
+    clean_half,
+    hide,
+    product_layout,
+    visible_words,
+    write_rows,
+)
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import first_tile_of_walk, next_tile_of_walk
 
@@ -210,7 +220,7 @@ def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
         scores = cap_scores(scores, p.inner_scale)
     probs = gl.exp2(scores * p.outer_scale - lse_log2[None, :])
     if IS_MASKED:
-        probs = gl.where(seen, probs, 0.0)
+        probs = hide(probs, seen, ZERO)
     return probs, scores
 
 
@@ -222,14 +232,14 @@ def differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED: gl.co
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)
     if IS_MASKED:
-        dscores = gl.where(seen, dscores, 0.0)
+        dscores = hide(dscores, seen, ZERO)
     return dscores.to(p.q_desc.dtype)
 
 
 @gluon.jit
 def seen_by(p, first, stop, col):
-    """Which queries of the tile at `col` see each key: those from `first` up to `stop`."""
-    return is_visible(first, stop, col, product_layout(p.BLOCK_Q))
+    """Which queries of the tile at `col` see each key, as `hide` takes it: those from `first` up to `stop`."""
+    return visible_words(first, stop, col, product_layout(p.BLOCK_Q))
 
 
 @gluon.jit

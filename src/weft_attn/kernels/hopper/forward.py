@@ -26,19 +26,21 @@ from weft_attn.kernels.hopper.compat import aggregate, store_box
 from weft_attn.kernels.hopper.schedule import Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
-    CONSUMERS,
+    MINUS_INFINITY,
     ROWS,
     agree,
     clean_half,
     head_box,
-    is_visible,
+    hide,
     load_keys_and_values,
     make_agreement,
     pack_operand,
     product_layout,
     rescale_rows,
     unpack_operand,
+    visible_words,
 )
+from weft_attn.kernels.hopper.turns import await_turn, begin_turns, end_turns, pass_turn
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
@@ -75,11 +77,13 @@ class Problem:
     GROUP: gl.constexpr
     HEAD_DIM: gl.constexpr
     BLOCK_K: gl.constexpr
+    CONSUMERS: gl.constexpr
     Q_IN_REGISTERS: gl.constexpr
     HAS_SOFTCAP: gl.constexpr
     HAS_SINKS: gl.constexpr
     scores_layout: gl.constexpr
     acc_layout: gl.constexpr
+    IN_TURN: gl.constexpr
     SUMS: gl.constexpr
     sums_layout: gl.constexpr
     RESCALES_RARELY: gl.constexpr
@@ -88,7 +92,7 @@ class Problem:
     def __init__(
         self, q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks_ptr, items_ptr, runs_ptr,
         stride_qh, stride_kh, stride_vh, stride_ot, stride_oh, stride_lse_h,
-        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
+        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.out_desc = q_desc, k_desc, v_desc, out_desc
         self.out_ptr, self.lse_ptr, self.sinks_ptr, self.items_ptr, self.runs_ptr = (
@@ -104,11 +108,14 @@ class Problem:
         self.GROUP = gl.constexpr(GROUP)
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_K = gl.constexpr(BLOCK_K)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.Q_IN_REGISTERS = gl.constexpr(Q_IN_REGISTERS)
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
         self.HAS_SINKS = gl.constexpr(HAS_SINKS)
         self.scores_layout = gl.constexpr(product_layout(BLOCK_K))
         self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
+        # Two consumers find opposite phases by themselves.
+        self.IN_TURN = gl.constexpr(CONSUMERS > 2)
         # Columns that a row's sum is kept in. Of 8 a thread has two and adds its own weights to them; where the accumulator fills the
         # registers there is no room for that.
         self.SUMS = gl.constexpr(8 if HEAD_DIM <= 128 else 1)
@@ -149,8 +156,8 @@ def _produce(p, memory):
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
             number = schedule.take()
-        for consumer in gl.static_range(CONSUMERS):
-            memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
+        for consumer in gl.static_range(p.CONSUMERS):
+            memory.q.load(turn * p.CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
         kv_head = head // p.GROUP
         step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
         if is_short:
@@ -173,7 +180,7 @@ def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.conste
     if p.HAS_SOFTCAP:
         scores = cap_scores(scores, p.inner_scale)
     if IS_MASKED:
-        scores = gl.where(is_visible(first, stop, col, p.scores_layout), scores, float("-inf"))
+        scores = hide(scores, visible_words(first, stop, col, p.scores_layout), MINUS_INFINITY)
     # The scale is positive: a hidden score stays -inf, and its weight is 0.
     tile_max = gl.max(scores, 1) * p.outer_scale
     new_max = gl.where(tile_max > row_max + STALE, tile_max, row_max) if p.RESCALES_RARELY else gl.maximum(row_max, tile_max)
@@ -211,8 +218,13 @@ def _attend_stream(
     """The tiles of one stream after the item's first: each product with K runs while the last one's with V does."""
     for _ in range(n_tiles):
         no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
-        scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        k_tile = memory.k.wait(step)
+        if p.IN_TURN:
+            await_turn(CONSUMER, p.CONSUMERS)
+        scores = warpgroup_mma(q_operand, k_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
         acc = warpgroup_mma(unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True)
+        if p.IN_TURN:
+            pass_turn(CONSUMER, p.CONSUMERS)
         scores = warpgroup_mma_wait(1, deps=[scores])
         memory.k.release(step)
         first, stop = rows, rows
@@ -240,6 +252,8 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     cleaned = 0
     row_layout: gl.constexpr = gl.SliceLayout(1, p.scores_layout)
     turn = 0
+    if p.IN_TURN:
+        begin_turns(CONSUMER, p.CONSUMERS)
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
@@ -250,7 +264,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         row_sum = gl.zeros([ROWS, p.SUMS], gl.float32, p.sums_layout)
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
-        q_step = turn * CONSUMERS + CONSUMER
+        q_step = turn * p.CONSUMERS + CONSUMER
         q_tile = memory.q.wait(q_step)
         q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2)) if p.Q_IN_REGISTERS else q_tile
         if edge_tiles + interior_tiles > 0:
@@ -300,6 +314,8 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)
+    if p.IN_TURN:
+        end_turns(CONSUMER, p.CONSUMERS)
     tma.store_wait(pendings=0)
 
 
@@ -363,6 +379,7 @@ def hopper_forward_kernel(
     GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     KV_STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -375,7 +392,7 @@ def hopper_forward_kernel(
         q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sinks_ptr, items_ptr, runs_ptr,
         gl.to_tensor(stride_qh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh),
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(stride_lse_h),
-        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
+        inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
     schedule = make_schedule(
         counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS
@@ -388,13 +405,25 @@ def hopper_forward_kernel(
     out = q.tiles
     if Q_IN_REGISTERS:
         out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], out_desc.layout)
-    memory = Memory(schedule, q, k, v, out, make_agreement())
+    memory = Memory(schedule, q, k, v, out, make_agreement(CONSUMERS))
     fence_async_shared()
-    gl.warp_specialize(
-        [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
-        [4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
-    )
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_produce, (p, memory)),
+                (_consume, (p, memory, gl.constexpr(0))),
+                (_consume, (p, memory, gl.constexpr(1))),
+                (_consume, (p, memory, gl.constexpr(2))),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
+            [4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        )
 
 
 def hopper_forward_call(
@@ -461,6 +490,7 @@ def hopper_forward_call(
             GROUP=heads // k.shape[1],
             HEAD_DIM=head_dim,
             BLOCK_K=config.block_k,
+            CONSUMERS=config.consumers,
             KV_STAGES=config.num_stages,
             Q_IN_REGISTERS=config.q_in_registers,
             HAS_SOFTCAP=softcap > 0,

@@ -16,6 +16,10 @@ ROWS = gl.constexpr(64)
 # How a warp group reads and writes a tile by rows, 16 bytes a thread.
 BY_ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
+# PTX of what hidden scores and hidden weights are.
+MINUS_INFINITY = gl.constexpr("0fFF800000")
+ZERO = gl.constexpr("0f00000000")
+
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -89,9 +93,9 @@ def _scale_unless_one(values):
 
 
 @gluon.constexpr_function
-def _in_place(values):
+def _in_place(values, second):
     """Constraints of as many results that take the registers of the first operands, and as many second operands."""
-    return ",".join(["=f"] * values + [str(i) for i in range(values)] + ["f"] * values)
+    return ",".join(["=f"] * values + [str(i) for i in range(values)] + [second] * values)
 
 
 @gluon.jit
@@ -99,7 +103,7 @@ def rescale_rows(acc, factor):
     """A (64, columns) product times a factor for each row, which is nearly always 1: a warp whose 16 are skips the products."""
     VALUES: gl.constexpr = acc.shape[1] // 2
     return gl.inline_asm_elementwise(
-        _scale_unless_one(VALUES), _in_place(VALUES), [acc, factor[:, None]], dtype=gl.float32, is_pure=True, pack=VALUES
+        _scale_unless_one(VALUES), _in_place(VALUES, "f"), [acc, factor[:, None]], dtype=gl.float32, is_pure=True, pack=VALUES
     )
 
 
@@ -117,18 +121,38 @@ def _bits_below(column):
 
 
 @gluon.jit
-def is_visible(first, stop, col, product: gl.constexpr):
-    """Whether a tile's rows see its columns, (64, columns): row i sees [first_i, stop_i), and the tile begins at `col`.
-
-    One word a row instead of two comparisons an element: edge tiles are most of what short documents are.
+def visible_words(first, stop, col, product: gl.constexpr):
+    """For `hide`: which columns a tile's rows see, (64, columns), of a thread's columns one word a row: row i sees [first_i, stop_i), and
+    the tile begins at `col`.
     """
     COLUMNS: gl.constexpr = product.instr_shape[1]
     gl.static_assert(COLUMNS <= 128, "a thread has a quarter of a row's columns, and a word 32 bits")
     columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, product))
     # A thread holds the columns 8 j + {0, 1} from its first one.
     begin = (col + (columns & 6))[None, :]
-    bits = visible_bits(first[:, None] - begin, stop[:, None] - begin)
-    return ((bits >> ((columns >> 3) * 2 + (columns & 1))[None, :]) & 1) != 0
+    return visible_bits(first[:, None] - begin, stop[:, None] - begin)
+
+
+@gluon.constexpr_function
+def _select(values, other):
+    """PTX: so many values of a thread, in pairs of two rows by turns, where their bits of the rows' words are set, else `other`."""
+    selected = []
+    for i in range(values):
+        word, bit = values + (i & 2), 2 * (i >> 2) + (i & 1)
+        selected.append(f"and.b32 bit, ${word}, {1 << bit}; setp.ne.u32 seen, bit, 0; selp.f32 ${i}, ${i}, {other}, seen;")
+    return "{ .reg .b32 bit; .reg .pred seen; " + " ".join(selected) + " }"
+
+
+@gluon.jit
+def hide(tile, words, OTHER: gl.constexpr):
+    """A (64, columns) float32 product where its rows see its columns (`visible_words`), elsewhere `OTHER`, a float32 of PTX.
+
+    Two instructions an element: a tensor of booleans takes four more, because the compiler keeps it in bytes.
+    """
+    VALUES: gl.constexpr = tile.shape[1] // 2
+    return gl.inline_asm_elementwise(
+        _select(VALUES, OTHER), _in_place(VALUES, "r"), [tile, words], dtype=gl.float32, is_pure=True, pack=VALUES
+    )
 
 
 @gluon.jit
@@ -148,14 +172,15 @@ def zero_rows(tile, n_valid, product: gl.constexpr):
 
 @gluon.jit
 def clean_half(tile, n_valid, CONSUMER: gl.constexpr):
-    """As `clean_rows`, a consumer's half of a streamed tile. `agree` before the tile is read."""
-    HALF: gl.constexpr = tile.shape[0] // CONSUMERS
-    clean_rows(tile.slice(CONSUMER * HALF, HALF, dim=0), n_valid - CONSUMER * HALF)
+    """As `clean_rows`, a half of a streamed tile, by each of the first two consumers. `agree` before the tile is read."""
+    HALF: gl.constexpr = tile.shape[0] // 2
+    if CONSUMER < 2:
+        clean_rows(tile.slice(CONSUMER * HALF, HALF, dim=0), n_valid - CONSUMER * HALF)
 
 
 @gluon.jit
-def make_agreement():
-    """A barrier for `agree`, of kernels that use it: memory that nothing uses again is given to the tiles too (docs/adr/0020)."""
+def make_agreement(CONSUMERS: gl.constexpr):
+    """A barrier for `agree` of so many consumers, of kernels that use it: memory that nothing uses again is given to the tiles too (docs/adr/0020)."""
     barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(barrier, count=CONSUMERS)
     return barrier
@@ -163,7 +188,7 @@ def make_agreement():
 
 @gluon.jit
 def agree(barrier, times):
-    """Both consumers are here, for the `times`-th time from 0, and what they wrote to shared memory is seen by the products."""
+    """All consumers are here, for the `times`-th time from 0, and what they wrote to shared memory is seen by the products."""
     fence_async_shared()
     mbarrier.arrive(barrier, count=1)
     mbarrier.wait(barrier, times & 1)
