@@ -81,9 +81,9 @@ class Row:
     dtype_bits: int
     few_rows: int
     config: LaunchConfig
-    least_keys: int = 0
     measured: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
     note: str = ""
+    least_keys: int = 0
 
 
 @dataclass(frozen=True)

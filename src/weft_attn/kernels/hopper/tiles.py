@@ -136,9 +136,10 @@ def visible_words(first, stop, col, product: gl.constexpr):
 @gluon.constexpr_function
 def _select(values, other):
     """PTX: so many values of a thread, in pairs of two rows by turns, where their bits of the rows' words are set, else `other`."""
+    words = 2 * values
     selected = []
     for i in range(values):
-        word, bit = values + (i & 2), 2 * (i >> 2) + (i & 1)
+        word, bit = words + (i & 2), 2 * (i >> 2) + (i & 1)
         selected.append(f"and.b32 bit, ${word}, {1 << bit}; setp.ne.u32 seen, bit, 0; selp.f32 ${i}, ${i}, {other}, seen;")
     return "{ .reg .b32 bit; .reg .pred seen; " + " ".join(selected) + " }"
 
