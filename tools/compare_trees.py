@@ -3,8 +3,8 @@
     git worktree add ../before HEAD~1
     python tools/compare_trees.py before=../before/src after=src --suites square,packed --rounds 8
 
-Each tree runs in a process of its own, all on one device, and only one of them at a time. A round runs every tree once, in an order that
-rotates; ratios are of rounds, so that the card's clocks cancel. Results are compared with the first tree's in sampled rows, to say
+Each tree runs in a process of its own, all on one device, and only one of them at a time. A round runs every tree once, in the orders of
+`bench/timing.py: rounds_of`; ratios are of rounds, so that the card's clocks cancel. Results are compared with the first tree's in sampled rows, to say
 whether a change changed them, not whether they are right: that is what `weft bench` and the tests say. A name twice on one tree
 shows what no change looks like.
 """
@@ -186,10 +186,10 @@ def compare(trees: Sequence[Tree], round_ms: float, rounds: int, passes: Sequenc
             results = [tree.ask("results", pass_name) for tree in trees]
             repeats = [timing.repeats_of(round_ms, tree.ask("milliseconds", pass_name, 1)) for tree in trees]
             times = np.empty((rounds, len(trees)))
+            orders = list(timing.rounds_of(range(len(trees)), rounds))
             # The first round runs twice: the clocks settle in the one that is overwritten.
             for turn in (0, *range(rounds)):
-                for step in range(len(trees)):
-                    at = (turn + step) % len(trees)
+                for at in orders[turn]:
                     times[turn, at] = trees[at].ask("milliseconds", pass_name, repeats[at])
             for at, tree in enumerate(trees):
                 ratios = times[:, 0] / times[:, at]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,9 +192,22 @@ def test_every_round_runs_every_variant_and_begins_with_another():
     names = [name for name, _ in clock.log]
     warm_up, rounds = names[:-9], names[-9:]
     assert warm_up == list("abc") * 2  # 105 ms a time
-    assert rounds == list("abc") + list("bca") + list("cab")
+    assert rounds == list("acb") + list("bac") + list("cba")
     assert dict(clock.log[-9:]) == {"a": 20, "b": 5, "c": timing.MIN_REPEATS}
     assert samples["b"].milliseconds == (4.0, 4.0, 4.0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 12])
+def test_every_variant_is_at_every_place_and_behind_every_other_one_equally_often(n):
+    rounds = n if n % 2 == 0 else 2 * n
+    orders = list(timing.rounds_of(range(n), rounds))
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    places = Counter((place, name) for order in orders for place, name in enumerate(order))
+    assert set(places.values()) == {rounds // n}
+    assert len(places) == n * n
+    behind = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(behind.values()) <= {rounds // n}
+    assert len(behind) == n * (n - 1)
 
 
 def test_a_call_is_told_its_number():

@@ -6,13 +6,14 @@ exchanged after it, so that all ranks count the same repeats and none waits in a
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from weft_attn.bench.timing import Call, Clock, Pace, Samples, interleave, rotation
+from weft_attn.bench.timing import Call, Clock, Pace, Samples, interleave, rounds_of
 from weft_attn.distributed.collectives import Ranks
 
 
@@ -65,7 +66,7 @@ class GroupClock:
 def interleave_over_ranks(calls: Mapping[str, Call], clock: GroupClock, pace: Pace) -> dict[str, GroupSamples]:
     """`timing.interleave` on all ranks at once, with what each rank measured. The same names in the same order on every rank."""
     interleave(calls, clock, pace)
-    order = list(rotation(list(calls), pace.rounds)) if calls else []
+    order = list(itertools.chain.from_iterable(rounds_of(list(calls), pace.rounds)))
     measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     # The warm-up's measurements come before the rounds'.
     for name, ranks in zip(order, clock.history[len(clock.history) - len(order) :], strict=True):

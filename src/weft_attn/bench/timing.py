@@ -1,7 +1,8 @@
 """How long calls take: variants interleaved in rounds under settled clocks, medians with quartiles.
 
 A GPU's clocks follow its temperature and power, so figures of different minutes do not compare. Every round runs every variant
-a few times, in an order that rotates; compare within a round.
+a few times; compare within a round. What ran just before counts too (2% where it left the card cool), so the order of the rounds lets every
+variant follow every other one equally often.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from weft_attn.errors import require
 
 # A measured call: takes its number, so that it can take the next copy of its inputs.
 Call = Callable[[int], object]
+# Of a variant, or its number.
+Name = TypeVar("Name")
 # Told in words what is being done.
 Notify = Callable[[str], None]
 
@@ -127,26 +130,30 @@ def replayed(call: Call, copies: int) -> Call:
 
 
 def interleave(calls: Mapping[str, Call], clock: Clock, pace: Pace) -> dict[str, Samples]:
-    """Time the variants in rounds; each has run before, so that nothing is compiled here.
-
-    Round r begins with variant r mod n: none always runs in the wake of the same neighbour.
-    """
+    """Time the variants in rounds; each has run before, so that nothing is compiled here."""
     names = list(calls)
     if not names:
         return {}
     numbered = {name: _numbered(call) for name, call in calls.items()}
     repeats = _warm_up(numbered, clock, pace)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for name in rotation(names, pace.rounds):
+    for name in itertools.chain.from_iterable(rounds_of(names, pace.rounds)):
         found[name].append(clock.measure(numbered[name], repeats[name]))
     return {name: Samples(tuple(times)) for name, times in found.items()}
 
 
-def rotation(names: Sequence[str], rounds: int) -> Iterator[str]:
-    """The order in which the rounds run: each begins with the next name."""
+def rounds_of(names: Sequence[Name], rounds: int) -> Iterator[list[Name]]:
+    """The names in the order of each round.
+
+    A Latin square balanced for first-order carry-over (E. J. Williams, Aust. J. Sci. Res. A 2, 1949): inside n rounds of an even
+    number n of names, or 2 n of an odd one, every name is at every place and behind every other one equally often.
+    """
+    n = len(names)
+    # 0, n - 1, 1, n - 2, ...: all differences of neighbours are there once, of an odd n twice over with the order turned round.
+    zigzag = [place // 2 if place % 2 == 0 else n - 1 - place // 2 for place in range(n)]
     for turn in range(rounds):
-        first = turn % len(names)
-        yield from (*names[first:], *names[:first])
+        order = zigzag if n % 2 == 0 or turn // n % 2 == 0 else zigzag[::-1]
+        yield [names[(place + turn) % n] for place in order]
 
 
 def _numbered(call: Call) -> Callable[[], object]:
