@@ -30,6 +30,7 @@ from weft_attn.launch.select import (
     MANY_ROWS,
     Choice,
     Problem,
+    Row,
     Table,
     current_overrides,
     parse_table,
@@ -356,8 +357,13 @@ def seen(problem: Problem, keys: float) -> Problem:
     return replace(problem, keys_per_query=keys)
 
 
+def rows_of(kernel: str) -> list[Row]:
+    return [row for one in tables() if one.name == "h200" for row in one.rows if row.config.kernel == kernel]
+
+
 def test_the_fused_backward_serves_long_rows_unless_another_kernel_is_asked_for() -> None:
-    long, short = seen(PROBLEM, 512.0), seen(PROBLEM, 511.9)
+    least = next(row.least_keys for row in rows_of(FUSED_KERNEL) if row.head_dim == 128)
+    long, short = seen(PROBLEM, least), seen(PROBLEM, least - 0.1)
     fused = select_fused(long, H200)
     assert fused is not None
     assert fused.config.kernel == FUSED_KERNEL
