@@ -18,7 +18,7 @@ TRITON := triton==3.9.0
 OLD_TRITON := triton==3.6.0 numpy<2.4
 OLD_TRITON_DIR := $(VENV)/triton-3.6.0
 
-GPU_TEST_PROCESSES ?= 14
+GPU_TEST_PROCESSES ?= 8
 
 ARCHS ?= sm_80 sm_86 sm_90 sm_100 sm_120 gfx942
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
-from weft_attn.kernels.hopper.schedule import Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -267,7 +267,7 @@ def hopper_backward_dq_kernel(
         softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
     )  # fmt: skip
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS, 1
     )
     # A slot of q and dout for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
@@ -277,9 +277,9 @@ def hopper_backward_dq_kernel(
     memory = Memory(schedule, q, dout, k, v, make_agreement(CONSUMERS))
     fence_async_shared()
     gl.warp_specialize(
-        [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
-        [4, 4],
-        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+        [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
     )
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
-from weft_attn.kernels.hopper.schedule import Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
     MINUS_INFINITY,
@@ -395,7 +395,7 @@ def hopper_forward_kernel(
         inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS, 1
     )
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
@@ -410,19 +410,19 @@ def hopper_forward_kernel(
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_produce, (p, memory)),
                 (_consume, (p, memory, gl.constexpr(0))),
                 (_consume, (p, memory, gl.constexpr(1))),
                 (_consume, (p, memory, gl.constexpr(2))),
+                (_produce, (p, memory)),
             ],
-            [4, 4, 4],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
         gl.warp_specialize(
-            [(_produce, (p, memory)), (_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1)))],
-            [4, 4],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+            [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
 
 

@@ -22,9 +22,16 @@ SLOTS = gl.constexpr(4)
 SHORT = gl.constexpr(8)
 # int32 that a turn is told in.
 RECORD = gl.constexpr(32)
-ONE_A_LANE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# Registers a thread of a producer that is one warp.
+PRODUCER_REGISTERS = gl.constexpr(24)
 # int32 of the counter: numbers taken, programs done.
 COUNTER_SIZE = 2
+
+
+@gluon.constexpr_function
+def one_a_lane(warps):
+    """How so many warps hold a row of a table."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @aggregate
@@ -36,6 +43,7 @@ class Schedule:
         records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the
             head and the direction.
         full, empty: (SLOTS, 1) barriers.
+        PRODUCER_WARPS: of the producer; a consumer has four.
     """
 
     counter_ptr: gl.tensor
@@ -46,12 +54,14 @@ class Schedule:
     records: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
+    PRODUCER_WARPS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty):
+    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS):
         self.counter_ptr = counter_ptr
         self.n_items, self.n_heads, self.heads_per_wave, self.last_heads = n_items, n_heads, heads_per_wave, last_heads
         self.records, self.full, self.empty = records, full, empty
+        self.PRODUCER_WARPS = gl.constexpr(PRODUCER_WARPS)
 
     @gluon.jit
     def exists(self, number):
@@ -90,7 +100,7 @@ class Schedule:
         slot = turn % SLOTS
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
         record = self.records.index(slot)
-        fields = gl.arange(0, layout.ITEM_WIDTH, ONE_A_LANE)
+        fields = gl.arange(0, layout.ITEM_WIDTH, one_a_lane(self.PRODUCER_WARPS))
         record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
         if self.exists(number):
             item, head, _, _ = self.locate(number)
@@ -162,7 +172,7 @@ class Schedule:
 
     @gluon.jit
     def _read(self, turn, AT: gl.constexpr):
-        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(ONE_A_LANE), 0)
+        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(one_a_lane(4)), 0)
 
     @gluon.jit
     def heard(self, turn):
@@ -191,7 +201,9 @@ def load_item(items_ptr, item):
 
 
 @gluon.jit
-def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr):
+def make_schedule(
+    counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr
+):
     """A schedule that `CONSUMERS` partitions hear. The last wave has `last_heads` heads or more; 0: those that are left."""
     records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -199,4 +211,4 @@ def make_schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CON
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty)
+    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS)
