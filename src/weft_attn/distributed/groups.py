@@ -55,7 +55,8 @@ class Launch:
 
 # A forward's items end with the shortest, of which many fit where one long one did. The longest is twice the mean under a causal mask.
 FORWARD_LAUNCH = Launch(tail=0.125, shortest=2.0)
-# A backward's are long: key tiles of all query heads that share them.
+# A backward's are long: key tiles of all query heads that share them. Timed without communication, more launches cost 0 to 0.5%
+# (docs/notes/2026-11-26-turns-and-masks.md).
 BACKWARD_LAUNCH = Launch(tail=0.125, shortest=3.0)
 
 

@@ -121,7 +121,7 @@ class BackwardDqConfig(StreamConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperConfig(LaunchConfig):
-    """A warp-specialised kernel of sm_90 (Gluon): a producer warp group and consumers of 64 rows each, in a persistent grid.
+    """A warp-specialised kernel of sm_90 (Gluon): a producer and consumers of 64 rows each, in a persistent grid.
 
     A row of a table serves one head dim, its own. num_warps are those of a warp group; num_stages: streamed tiles on their way.
     max_registers: what a thread is compiled for; consumer_registers: what a consumer's thread gets once the producer has given up

@@ -92,7 +92,7 @@ def hopper_backward_kernel(
         gl.to_tensor(heads_per_wave),
         gl.to_tensor(last_heads),
         N_CONSUMERS,
-        4,
+        PRODUCER_WARPS=4,
     )
     if IS_WIDE:
         memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)

@@ -1,4 +1,4 @@
-"""Backward on Hopper, dQ: a producer warp group feeds two consumers that own 64 query rows of one head each.
+"""Backward on Hopper, dQ: a producer warp feeds two consumers that own 64 query rows of one head each.
 
     P_ij = exp2(s_ij - lse_log2_i),   dS_ij = P_ij (dout_i.v_j - delta_i),   dQ_i = scale * sum_j dS_ij k_j
 
@@ -267,8 +267,9 @@ def hopper_backward_dq_kernel(
         softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
     )  # fmt: skip
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS, 1
-    )
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
+        PRODUCER_WARPS=1,
+    )  # fmt: skip
     # A slot of q and dout for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)

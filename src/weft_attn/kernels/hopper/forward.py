@@ -1,9 +1,9 @@
-"""Forward on Hopper: a producer warp group feeds two consumer warp groups that attend 64 query rows each.
+"""Forward on Hopper: a producer warp feeds two or three consumer warp groups that attend 64 query rows each.
 
     out_i = sum_j exp(s_ij - lse_i) v_j,   lse_i = log(sum_j exp(s_ij) + exp(sink))
 
 q (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64, 128 or 256; out (Tq, Hq, D) like q; lse (Hq, Tq) float32, natural log.
-The grid is persistent (schedule.py): an item (plan/stream.py, 128 rows) of one head at a time, longest first.
+The grid is persistent (schedule.py): an item (plan/stream.py, the rows of all consumers) of one head at a time, longest first.
 An item's edge tiles come first, so that the hot loop over interior tiles has no mask. Deterministic. Rows that see no key: out 0,
 lse -inf (the sink, where there is one).
 """
@@ -395,8 +395,9 @@ def hopper_forward_kernel(
         inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS, 1
-    )
+        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
+        PRODUCER_WARPS=1,
+    )  # fmt: skip
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     k = make_ring(k_desc, KV_STAGES, CONSUMERS)
@@ -449,7 +450,7 @@ def hopper_forward_call(
     Args:
         q, k, v, out, lse: as in the module's text; the last dimension of q, k, v, out is contiguous, strides in whole 16 bytes.
         sinks: (Hq,) float32 or None.
-        items, runs: tables of plan/stream.py, cut with rows_per_tile = 128 and block_cols = block_k, not split.
+        items, runs: tables of plan/stream.py, cut as config.cut says, not split.
         heads_per_wave: heads whose items run together.
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
         multiprocessors: programs of the persistent grid at most.
