@@ -544,7 +544,7 @@ def test_a_record_names_the_kernels_that_ran(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(one_kernel, "device_of", lambda _device: h100)
     monkeypatch.setattr(ops, "runs_reference", lambda _device: False)
     model = cases.Model(heads=2, kv_heads=1, head_dim=128, dtype_name="bf16")
-    long, short = cases.square_cases(model, 2048)[0], cases.square_cases(model, 256)[0]
+    long, short = cases.square_cases(model, 4096)[0], cases.square_cases(model, 256)[0]
     for case, kernels in (
         (long, ["hopper_backward"]),
         (replace(long, deterministic=True), ["hopper_backward_dkdv", "hopper_backward_dq"]),
