@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ from weft_attn.bench.measured_rates import rates_of
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
 from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
 from weft_attn.bench.workload import Workload, workloads
+from weft_attn.distributed import gathered
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.errors import InvalidInput, Unsupported
@@ -95,6 +97,29 @@ def test_all_ranks_measure_the_same_calls_as_often_and_know_each_others_times():
     assert repeats == same == [1] * 4 + [10, 2, 2, 10, 10, 2]
 
 
+def outside_of(rank: int, world_size: int) -> tuple[float, int]:
+    """A call of 90 ms, of which two launches take 60 on rank 0 and 30 on rank 1."""
+    call = types.SimpleNamespace(call=lambda _pass: lambda _turn: attend())
+
+    def attend() -> None:
+        for _ in range(2):
+            gathered.attention_into(0.030 if rank == 0 else 0.015)
+        time.sleep(0.030 if rank == 0 else 0.060)
+
+    with mock.patch.object(gathered, "attention_into", time.sleep):
+        with group_ways.watched_launches(CPU) as launches:
+            attend()
+        assert gathered.attention_into is time.sleep
+        return context_parallel.outside_ms(call, FORWARD, CPU, 3), len(launches)
+
+
+def test_what_no_launch_hides_is_that_of_the_rank_that_waits_for_nobody():
+    (first, launches), (second, _) = run_ranks(outside_of, 2)
+    assert first == second
+    assert 29.9 < first < 59
+    assert launches == 2
+
+
 # ---- a workload -----------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +142,7 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
         assert record.milliseconds > 0
         assert record.rate == pytest.approx(1e3 / record.milliseconds)
         assert record.spread_ms >= 0
+        assert (record.outside_ms is not None) == (name == WEFT)
         assert record.pairs == sum(n * (n + 1) // 2 for n in DIVISIBLE)
         compared = {FORWARD: {"out"}, BOTH: {"out", "dq"} if name == KERNELS else {"out", "dq", "dk", "dv"}}[pass_name]
         assert set(record.budgets) == (set() if name == COMMUNICATION else compared)
@@ -168,6 +194,7 @@ def test_other_groups_of_heads_are_timed_and_checked_as_the_chosen_are():
             assert record.budgets == by_name[WEFT, pass_name].budgets
             assert record.milliseconds > 0
             assert record.ratio_to_weft > 0
+            assert record.outside_ms > 0
     absent = by_name["weft: 3 groups", FORWARD]
     assert (absent.status, absent.note) == (ABSENT, "2 KV heads, of which 2 may be gathered together, make 1 to 2 groups")
     absent = by_name["weft: 1+2+1 heads", BOTH]

@@ -20,8 +20,8 @@ from weft_attn.bench import links
 from weft_attn.bench.cases import Case, Model, PackedDocuments, Tensors, chosen_device, make_tensors
 from weft_attn.bench.group_peers import TWO_CALLS, GroupPeer
 from weft_attn.bench.group_ring import ZigzagRing
-from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
-from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Grouping, Way, weft_ways
+from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks, milliseconds_between, now
+from weft_attn.bench.group_ways import FORWARD, IDEAL, OWN_PASSES, WEFT, Grouping, Way, watched_launches, weft_ways
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
 from weft_attn.bench.records import ABSENT, OK, RED, UNCHECKED, Environment, GroupRecord, environment_of, first_line
 from weft_attn.bench.report import share_of_bound
@@ -222,10 +222,12 @@ def run_workload(
         notify(f"{workload.name}: timing {pass_name}")
         peaks = {way.name: _peak_bytes(way, pass_name, device) for way in ready}
         samples = interleave_over_ranks({way.name: way.call(pass_name) for way in ready}, clock, request.pace)
+        outside = {way.name: outside_ms(way, pass_name, device, request.pace.rounds) for way in ready if way.is_whole}
         for way in ready:
             record = template(
                 peer=way.name,
                 pass_name=pass_name,
+                outside_ms=outside.get(way.name),
                 status=OK if request.check else UNCHECKED,
                 note=way.note,
                 budgets=found[way.name][pass_name],
@@ -294,6 +296,29 @@ def _first_run(way: Way) -> tuple[dict[str, dict[str, Budget]], str]:
         pass_name: {name: max((b[pass_name][name] for b, _ in everyone), key=share_of_bound) for name in budgets}
         for pass_name, budgets in found.items()
     }, ""
+
+
+def outside_ms(way: Way, pass_name: str, device: torch.device, calls: int) -> float:
+    """Milliseconds of a call outside its attention launches, on the rank where that is least, the median of `calls`; collective.
+
+    The rank whose launches take longest is the one that waits for nobody.
+    """
+    call = way.call(pass_name)
+    # Runs while the host enqueues the first measured call; nothing is waited for before the last one.
+    call(0)
+    seen = []
+    for turn in range(calls):
+        with watched_launches(device) as launches:
+            first = now(device)
+            call(turn)
+            seen.append((first, now(device), launches))
+    found = [
+        milliseconds_between(first, last) - sum(milliseconds_between(*launch) for launch in launches)
+        for first, last, launches in seen
+    ]
+    least = torch.tensor(found, dtype=torch.float64, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return float(least.median())
 
 
 def _peak_bytes(way: Way, pass_name: str, device: torch.device) -> int | None:

@@ -19,11 +19,11 @@ MIB = 2**20
 
 
 def group_figures(records: Sequence[GroupRecord]) -> Table:
-    """Time of the slowest rank, rate, spread over ranks, shares, memory above the inputs and by the formula, of each record."""
+    """Time of the slowest rank, rate, spread over ranks, what no launch hides, shares, memory above the inputs and by the formula, of each record."""
     table = Table("case")
     for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)
-    for name in ("ranks differ, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
+    for name in ("ranks differ, ms", "outside launches, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
         table.add_column(name)
     table.add_column("error / bound", no_wrap=True)
     shown = [record for record in records if record.status != ABSENT]
@@ -36,6 +36,7 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
             milliseconds(record),
             "" if record.rate is None else f"{record.rate:.4g} {record.unit}",
             "" if record.spread_ms is None else f"{record.spread_ms:.3f}",
+            "" if record.outside_ms is None else f"{record.outside_ms:.3f}",
             "" if record.share_of_ideal is None else f"{record.share_of_ideal:.1%}",
             "" if record.ratio_to_weft is None else f"{record.ratio_to_weft:.2f}",
             mebibytes(record.peak_bytes),

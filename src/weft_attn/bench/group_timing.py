@@ -7,6 +7,7 @@ exchanged after it, so that all ranks count the same repeats and none waits in a
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -61,6 +62,29 @@ class GroupClock:
         self._ranks.own_rows(everyone).fill_(own)
         self._ranks.all_gather(everyone).wait()
         return tuple(everyone.tolist())
+
+
+# A moment of a device's work: an event of its stream, or seconds of the host where it has none.
+Moment = torch.cuda.Event | float
+
+
+def now(device: torch.device) -> Moment:
+    """The moment that the device's current stream comes to here."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds_between(first: Moment, last: Moment) -> float:
+    """Waits until the last one has come."""
+    if isinstance(first, float) or isinstance(last, float):
+        assert isinstance(first, float)
+        assert isinstance(last, float)
+        return (last - first) * 1e3
+    last.synchronize()
+    return float(first.elapsed_time(last))
 
 
 def interleave_over_ranks(calls: Mapping[str, Call], clock: GroupClock, pace: Pace) -> dict[str, GroupSamples]:

@@ -19,6 +19,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.bench.cases import Tensors
+from weft_attn.bench.group_timing import Moment, now
 from weft_attn.bench.oracle import Oracle
 from weft_attn.bench.workload import Workload
 from weft_attn.distributed import gathered
@@ -45,6 +46,7 @@ class Way:
         compared: which of "out", "dq", "dk", "dv" it gives in full.
         around: entered around each call.
         is_peer: it is not Weft's own.
+        is_whole: context parallelism with everything that belongs to it, of which `watched_launches` sees the launches.
         note: what a reader has to know of it.
     """
 
@@ -55,6 +57,7 @@ class Way:
     compared: tuple[str, ...] = ("out", "dq", "dk", "dv")
     around: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     is_peer: bool = False
+    is_whole: bool = False
     note: str = ""
 
     def forward(self, _turn: int = 0) -> torch.Tensor:
@@ -172,7 +175,7 @@ def weft_ways(
     def attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _only(weft.plan_attention(q, k, v, whole_plan))
 
-    ways = [Way(WEFT, attend, own, own_oracle)]
+    ways = [Way(WEFT, attend, own, own_oracle, is_whole=True)]
     here = Tensors(own.q, (gathered_keys_and_values(batch, whole),), own.dout)
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
@@ -180,7 +183,8 @@ def weft_ways(
         for grouping in groupings:
             groups = grouping.groups(workload.model.kv_heads)
             note = "these groups of KV heads, whatever `distributed/groups.py` says"
-            ways.append(Way(grouping.way, attend, own, own_oracle, around=partial(in_groups, groups), note=note))
+            around = partial(in_groups, groups)
+            ways.append(Way(grouping.way, attend, own, own_oracle, around=around, is_whole=True, note=note))
         note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"
         ways.append(Way(COMMUNICATION, attend, own, None, around=without_kernels, note=note))
     note = "every GPU does the whole batch for itself; its time over the ranks, the mean of the GPUs"
@@ -191,6 +195,25 @@ def weft_ways(
 def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Inside, context parallelism does everything but compute."""
     return _exchanged(gathered, attention_into=_nothing, attention_backward_into=_nothing)
+
+
+@contextlib.contextmanager
+def watched_launches(device: torch.device) -> Iterator[list[tuple[Moment, Moment]]]:
+    """Inside, the attention launches of context parallelism on this rank are noted: when each began and ended."""
+    seen: list[tuple[Moment, Moment]] = []
+
+    def watched(attend: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object, **options: object) -> object:
+            first = now(device)
+            result = attend(*arguments, **options)
+            seen.append((first, now(device)))
+            return result
+
+        return run
+
+    launches = {name: watched(getattr(gathered, name)) for name in ("attention_into", "attention_backward_into")}
+    with _exchanged(gathered, **launches):
+        yield seen
 
 
 def in_groups(groups: Groups) -> contextlib.AbstractContextManager[None]:

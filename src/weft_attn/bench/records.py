@@ -83,6 +83,8 @@ class GroupRecord(Record):
         workload: the batch and its ranks; None for a collective that is measured alone.
         spread_ms: slowest less fastest rank, the median over the rounds.
         share_of_ideal: time of the same whole work on one GPU alone, over the ranks, over this time.
+        outside_ms: of a call, outside its attention launches, on the rank where that is least: copies, and communication that nothing
+            hides. Both are measured in the same calls, so that clocks do not come between; None for what is no whole call of Weft's.
         peak_bytes: allocated above the inputs at the worst moment, on the rank with most; None where it is not counted.
         formula_bytes: what `ContextParallel.memory` says of the same call; None for those that are not Weft's.
         bytes_received: by a rank from the others, in a collective that is measured alone.
@@ -91,6 +93,7 @@ class GroupRecord(Record):
     workload: Workload | None = None
     spread_ms: float | None = None
     share_of_ideal: float | None = None
+    outside_ms: float | None = None
     peak_bytes: int | None = None
     formula_bytes: int | None = None
     bytes_received: int | None = None
