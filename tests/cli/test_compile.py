@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,6 +61,33 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
     assert done.returncode == 0, done.stdout + done.stderr
     expected = len(variants(ARCHS, quick=True))
     assert f"{expected} of {expected} variants compile and fit, for {', '.join(ARCHS)}" in done.stdout
+
+
+def test_three_consumers_pass_turns_on_at_barriers_of_their_own() -> None:
+    """In the forward of head dim 64, which `--quick` leaves out."""
+    rows = [row for table in tables() for row in table.rows if isinstance(row.config, HopperForwardConfig)]
+    (config,) = {row.config for row in rows if row.config.consumers == 3}
+    for all_features in (False, True):
+        variant = replace(HOPPER, config=config, head_dim=64, all_features=all_features)
+        compiled = compile_call(call_of(variant), "sm_90")
+        assert not compiled.undefined_reads
+        assert not compiled.idle_barriers
+        assert compiled.spilled_bytes <= 128
+        told = re.findall(r"barrier\.(sync|arrive)\.aligned (\d+), (\d+);", compiled.assembly)
+        assert {(int(barrier), int(threads)) for _, barrier, threads in told} == {(13, 256), (14, 256), (15, 256)}
+        # Edge tiles and interior tiles of each; the last one begins the first round, whose first one ends the last.
+        assert Counter((operation, barrier) for operation, barrier, _ in told) == Counter(
+            {
+                (operation, barrier): 3 if barrier == "13" else 2
+                for operation in ("sync", "arrive")
+                for barrier in ("13", "14", "15")
+            }
+        )
+        turns = [(int(a), int(b)) for (one, a, _), (two, b, _) in pairwise(told) if (one, two) == ("sync", "arrive")]
+        assert len(turns) >= 6
+        assert all(to == 13 + (by - 13 + 1) % 3 for by, to in turns), "to the one after"
+        others = set(re.findall(r"(?:bar|barrier)\.sync\s+(\d+)", compiled.assembly))
+        assert not others & {"13", "14", "15"}
 
 
 def test_several_targets_after_one_option_and_repeated_options_add_up(

@@ -12,6 +12,7 @@ from weft_attn.launch.config import (
     CombineConfig,
     ForwardConfig,
     HopperBackwardConfig,
+    HopperForwardConfig,
     LaunchConfig,
     StreamConfig,
 )
@@ -64,6 +65,17 @@ def test_a_head_is_padded_to_a_power_of_two_of_at_least_16() -> None:
     assert [padded(d) for d in (8, 16, 24, 64, 72, 128, 192, 256)] == [16, 16, 32, 64, 128, 128, 256, 256]
 
 
+def test_the_threads_of_a_hopper_kernel_share_its_registers() -> None:
+    hopper = TARGETS["sm_90"]
+    two = HopperForwardConfig(block_k=128, num_warps=4, num_stages=2)
+    assert shortfall(two, Shape(64, 64, 16), hopper) == ""
+    three = replace(two, consumers=3, consumer_registers=160)
+    assert shortfall(three, Shape(64, 64, 16), hopper) == "expected at most 128 max_registers for 512 threads, given 168"
+    assert shortfall(replace(three, max_registers=128), Shape(64, 64, 16), hopper) == ""
+    wide = HopperBackwardConfig(block_q=64, block_k=64, num_warps=4, num_stages=2)
+    assert "512 threads" in shortfall(wide, Shape(256, 256, 16), hopper)
+
+
 def test_what_is_lacking_is_said_in_words() -> None:
     shape = Shape(128, 128, 16)
     assert shortfall(config(ForwardConfig), shape, TARGETS["sm_90"]) == ""
@@ -85,9 +97,9 @@ def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
 
 def test_the_fused_backward_needs_two_stages_and_the_items_of_its_head_dim() -> None:
     h200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
-    numbers = dict(block_q=64, num_warps=4)
-    for dim, block_k in ((64, 128), (128, 128), (256, 64)):
+    for dim, block_k, registers in ((64, 128, 168), (128, 128, 168), (256, 64, 128)):
         shape = Shape(dim, dim, 16)
+        numbers = dict(block_q=64, num_warps=4, max_registers=registers)
         assert shortfall(HopperBackwardConfig(num_stages=2, block_k=block_k, **numbers), shape, h200) == ""
         assert "two stages" in shortfall(HopperBackwardConfig(num_stages=1, block_k=block_k, **numbers), shape, h200)
         assert "items of" in shortfall(HopperBackwardConfig(num_stages=2, block_k=192 - block_k, **numbers), shape, h200)

@@ -396,15 +396,23 @@ def test_a_row_serves_queries_that_see_so_many_keys_and_the_one_of_most_keys_is_
 def test_three_consumers_serve_long_rows_that_fill_their_items() -> None:
     problem = Problem(64, 64, 16)
 
-    def consumers(plan: Plan) -> int:
-        config = cut_forward(plan, 32, 8, seen(problem, plan.keys_per_query), H200).config
-        assert isinstance(config, HopperForwardConfig)
+    def consumers(plan: Plan, heads: int = 32) -> int:
+        cut = cut_forward(plan, heads, heads // 4, seen(problem, plan.keys_per_query), H200)
+        config = cut.config
+        assert isinstance(config, HopperForwardConfig), "not the portable kernel for want of items"
+        assert ("192 rows" in cut.choice.note) == (config.consumers == 2 and plan.keys_per_query >= 4096)
         assert config.cut[0] == 64 * config.consumers
         return config.consumers
 
     assert consumers(Plan.dense(1, 16384, 16384, causal=True)) == 3
     assert consumers(Plan.dense(4, 4096, 4096, causal=True)) == 2, "few keys"
-    assert consumers(Plan.zigzag([0, 65536], 3, 8)) == 3
+    assert consumers(Plan.zigzag([0, 65536], 3, 8)) == 3, "chunks of 4,096 rows: 3% more"
+    assert consumers(Plan.dense(1, 33 * 128, 65536)) == 2, "six rounds of 192 rows where eight of 128 do"
+    # One wave of 192 rows where narrow items are one of 128, or too few of them to fill the machine.
+    for heads, plan in ((8, Plan.dense(1, 2048, 16384)), (4, Plan.dense(1, 4096, 32768)), (32, Plan.dense(1, 540, 16384))):
+        assert consumers(plan, heads) == 2
+    # Two waves of 128 rows against as many of 192.
+    assert consumers(Plan.dense(1, 8192, 32768), 4) == 2
     # Chunks of 512 rows: three items of 192 each where four of 128 are full.
     assert consumers(Plan.zigzag([0, 16384], 3, 16)) == 2
     wide = select("hopper_forward", problem, H200).config

@@ -1,8 +1,8 @@
 """How long calls take: variants interleaved in rounds under settled clocks, medians with quartiles.
 
 A GPU's clocks follow its temperature and power, so figures of different minutes do not compare. Every round runs every variant
-a few times; compare within a round. What ran just before counts too (2% where it left the card cool), so the order of the rounds lets every
-variant follow every other one equally often.
+a few times; compare within a round. What ran just before counts too (2% where it left the card cool), so inside the rounds every
+variant follows every other one equally often.
 """
 
 from __future__ import annotations
@@ -145,15 +145,17 @@ def interleave(calls: Mapping[str, Call], clock: Clock, pace: Pace) -> dict[str,
 def rounds_of(names: Sequence[Name], rounds: int) -> Iterator[list[Name]]:
     """The names in the order of each round.
 
-    A Latin square balanced for first-order carry-over (E. J. Williams, Aust. J. Sci. Res. A 2, 1949): inside n rounds of an even
-    number n of names, or 2 n of an odd one, every name is at every place and behind every other one equally often.
+    A Latin square balanced for first-order carry-over (E. J. Williams, Aust. J. Sci. Res. A 2, 1949): in n rounds of an even
+    number n of names, or 2 n of an odd one, every name is at every place and inside a round behind every other one equally often.
+    Between rounds, those who follow each other change too.
     """
     n = len(names)
     # 0, n - 1, 1, n - 2, ...: all differences of neighbours are there once, of an odd n twice over with the order turned round.
     zigzag = [place // 2 if place % 2 == 0 else n - 1 - place // 2 for place in range(n)]
     for turn in range(rounds):
         order = zigzag if n % 2 == 0 or turn // n % 2 == 0 else zigzag[::-1]
-        yield [names[(place + turn) % n] for place in order]
+        shift = zigzag[turn % n]
+        yield [names[(place + shift) % n] for place in order]
 
 
 def _numbered(call: Call) -> Callable[[], object]:

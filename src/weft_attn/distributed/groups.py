@@ -35,7 +35,8 @@ FLOPS_PER_MS = 6.0e11
 BYTES_PER_MS = 2.2e8
 # A launch and a collective until they work, milliseconds.
 STARTUP = 0.02
-# Multiprocessors, and rows of a work item: a tile of rows of one head, what a multiprocessor works on at a time.
+# Multiprocessors, and rows of a work item: a tile of rows of one head, what a multiprocessor works on at a time (192 in a few plans at head
+# dim 64).
 PROGRAMS = 132
 ITEM_ROWS = 128
 
@@ -55,7 +56,7 @@ class Launch:
 
 # A forward's items end with the shortest, of which many fit where one long one did. The longest is twice the mean under a causal mask.
 FORWARD_LAUNCH = Launch(tail=0.125, shortest=2.0)
-# A backward's are long: key tiles of all query heads that share them. Timed without communication, more launches cost 0 to 0.5%
+# A backward's are long: key tiles of all query heads that share them. Timed without communication, more launches cost less than 1%
 # (docs/notes/2026-11-26-turns-and-masks.md).
 BACKWARD_LAUNCH = Launch(tail=0.125, shortest=3.0)
 

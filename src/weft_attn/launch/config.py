@@ -125,7 +125,7 @@ class HopperConfig(LaunchConfig):
 
     A row of a table serves one head dim, its own. num_warps are those of a warp group; num_stages: streamed tiles on their way.
     max_registers: what a thread is compiled for; consumer_registers: what a consumer's thread gets once the producer has given up
-    its share.
+    its share. Where a consumer runs in the launch's own warps (ADR 12), that one gets what the others and the producer leave.
     """
 
     consumer_registers: int = 240

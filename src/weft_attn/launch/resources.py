@@ -70,6 +70,8 @@ def _tiles(config: LaunchConfig, shape: Shape) -> Tiles | None:
 SMALL_KERNEL = 16 * 1024
 # Barriers and tables.
 RESERVE = 2048
+# 32-bit registers of a Hopper multiprocessor.
+REGISTER_FILE = 65536
 
 
 def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
@@ -143,10 +145,22 @@ def is_wide(shape: Shape) -> bool:
     return shape.head_dim > WIDEST_PAIR
 
 
+def _has_three_consumers(config: HopperConfig, shape: Shape) -> bool:
+    if isinstance(config, HopperForwardConfig):
+        return config.consumers == 3
+    return isinstance(config, HopperBackwardConfig) and is_wide(shape)
+
+
 def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
         return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
+    if isinstance(config, HopperConfig):
+        threads = 32 * config.num_warps * (1 + (3 if _has_three_consumers(config, shape) else 2))
+        if threads * config.max_registers > REGISTER_FILE:
+            return (
+                f"expected at most {REGISTER_FILE // threads} max_registers for {threads} threads, given {config.max_registers}"
+            )
     if isinstance(config, HopperBackwardConfig) and config.num_stages < 2:
         return "expected two stages or more, because a step asks for the next one's queries before it releases its own, given 1"
     needed = shared_memory(config, shape, device.arch)

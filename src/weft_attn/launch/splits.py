@@ -15,7 +15,7 @@ from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 OCCUPIED = 0.8
 # An item shorter than this is mostly start-up and combining.
 MIN_TILES = 4
-# Rows that wide items may take up, over those that narrow ones do: three consumers gain 2 to 9% (docs/adr/0022).
+# Rows that a multiprocessor may go through in wide items, over those in narrow ones: three consumers gain 1.5 to 9% (docs/adr/0022).
 PADDING = 1.04
 
 
@@ -37,7 +37,7 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     split over the machine.
     """
     enough = OCCUPIED * device.multiprocessors
-    choice = _choose_forward(plan, problem, device)
+    choice = _choose_forward(plan, heads, problem, device)
     config = choice.config
     if isinstance(config, HopperForwardConfig):
         if count_items(plan, config.cut[0]) * heads >= enough or choice.source == "override":
@@ -49,7 +49,7 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
         return ForwardCut(choice, config, 1, Tiling(config.block_q, config.block_k))
 
     group = heads // kv_heads
-    few = Problem(problem.head_dim, problem.head_dim_v, problem.dtype_bits, max(1, plan.total_q * group), problem.tma_possible)
+    few = replace(problem, few_rows=max(1, plan.total_q * group))
     choice = select("forward", few, device)
     config = choice.config
     assert isinstance(config, ForwardConfig)
@@ -60,18 +60,23 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     return ForwardCut(choice, config, pack, Tiling(rows, config.block_k, max_tiles))
 
 
-def _choose_forward(plan: Plan, problem: Problem, device: Device) -> Choice:
-    """What selection says; where it says wide items and these fill much worse than narrow ones, what it says of few keys."""
-    choice = select_first(FORWARD_KERNELS, problem, device)
-    if not isinstance(choice.config, HopperForwardConfig) or choice.config.consumers == 2 or choice.source == "override":
-        return choice
+def _choose_forward(plan: Plan, heads: int, problem: Problem, device: Device) -> Choice:
+    """What selection says; where it says wide items and these fill the machine worse than narrow ones, what it says of few keys."""
+    wide = select_first(FORWARD_KERNELS, problem, device)
+    if not isinstance(wide.config, HopperForwardConfig) or wide.config.consumers == 2 or wide.source == "override":
+        return wide
     narrow = select_first(FORWARD_KERNELS, replace(problem, keys_per_query=0), device)
     if not isinstance(narrow.config, HopperForwardConfig):
-        return choice
-    wide_rows, narrow_rows = (
-        config.rows_per_item * count_items(plan, config.rows_per_item) for config in (choice.config, narrow.config)
-    )
-    return narrow if wide_rows > PADDING * narrow_rows else choice
+        return wide
+
+    def rows_in_series(config: HopperForwardConfig) -> int:
+        items = count_items(plan, config.rows_per_item) * heads
+        return -(-items // device.multiprocessors) * config.rows_per_item
+
+    fills = count_items(plan, wide.config.rows_per_item) * heads >= OCCUPIED * device.multiprocessors
+    if fills and rows_in_series(wide.config) <= PADDING * rows_in_series(narrow.config):
+        return wide
+    return replace(narrow, note=f"items of {wide.config.rows_per_item} rows would fill the machine worse")
 
 
 def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:

@@ -25,13 +25,10 @@ from weft_attn.kernels.hopper.backward_wide import (
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
-from weft_attn.kernels.hopper.schedule import make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
-
-# Registers a thread that are left to the producer of three consumers.
-PRODUCER_REGISTERS = 24
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -218,7 +215,7 @@ def hopper_backward_call(
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
             IS_WIDE=is_wide,
-            WEIGHER_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS,
+            WEIGHER_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS.value,
             CONSUMER_REGISTERS=config.consumer_registers,
         ),
         num_warps=config.num_warps,

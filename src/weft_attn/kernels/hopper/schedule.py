@@ -22,7 +22,7 @@ SLOTS = gl.constexpr(4)
 SHORT = gl.constexpr(8)
 # int32 that a turn is told in.
 RECORD = gl.constexpr(32)
-# Registers a thread of a producer that is one warp.
+# Registers a thread that are left to the producer.
 PRODUCER_REGISTERS = gl.constexpr(24)
 # int32 of the counter: numbers taken, programs done.
 COUNTER_SIZE = 2
