@@ -151,6 +151,16 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
     assert {by_name[WEFT, p].ratio_to_weft for p in OWN_PASSES} == {1.0}
 
 
+def of_one_rank(rank: int, world_size: int) -> list[GroupRecord]:
+    return measured(ODD)
+
+
+def test_one_rank_gathers_nothing_so_nothing_lies_outside_its_launches():
+    (found,) = run_ranks(of_one_rank, 1)
+    assert {record.outside_ms for record in found} == {None}
+    assert all(record.milliseconds > 0 for record in found if record.peer == WEFT)
+
+
 def in_other_groups(rank: int, world_size: int) -> tuple[list[GroupRecord], list[list[int]]]:
     parallel = weft.ContextParallel()
     records_of = context_parallel.run_workload(

@@ -393,6 +393,17 @@ def test_a_row_serves_queries_that_see_so_many_keys_and_the_one_of_most_keys_is_
     assert select_module._search_rows.cache_info().misses == before, "no search for what no row tells apart"
 
 
+def test_few_rows_too_are_served_by_the_keys_that_they_see(use_tables: pytest.MonkeyPatch) -> None:
+    rows = table(
+        "sm_90", 'arch = "sm_90"', "block_q = 64\nblock_k = 64", "few_rows = 16\nblock_q = 16\nblock_k = 16",
+        "few_rows = 16\nblock_q = 16\nblock_k = 64\nleast_keys = 10000",
+    )  # fmt: skip
+    use_tables.setattr(select_module, "tables", lambda: (ANY, rows))
+    for keys, block_k in ((5000, 16), (20000, 64)):
+        plan = Plan.dense(1, 1, keys)
+        assert cut_forward(plan, 8, 2, seen(PROBLEM, plan.keys_per_query), H200).config.block_k == block_k
+
+
 def test_three_consumers_serve_long_rows_that_fill_their_items() -> None:
     problem = Problem(64, 64, 16)
 
@@ -407,7 +418,8 @@ def test_three_consumers_serve_long_rows_that_fill_their_items() -> None:
     assert consumers(Plan.dense(1, 16384, 16384, causal=True)) == 3
     assert consumers(Plan.dense(4, 4096, 4096, causal=True)) == 2, "few keys"
     assert consumers(Plan.zigzag([0, 65536], 3, 8)) == 3, "chunks of 4,096 rows: 3% more"
-    assert consumers(Plan.dense(1, 33 * 128, 65536)) == 2, "six rounds of 192 rows where eight of 128 do"
+    assert consumers(Plan.dense(1, 6400, 65536)) == 3, "nine rounds of 192 rows where 13 of 128 do: 3.8% more"
+    assert consumers(Plan.dense(1, 4800, 65536)) == 2, "seven where ten do: 5% more"
     # One wave of 192 rows where narrow items are one of 128, or too few of them to fill the machine.
     for heads, plan in ((8, Plan.dense(1, 2048, 16384)), (4, Plan.dense(1, 4096, 32768)), (32, Plan.dense(1, 540, 16384))):
         assert consumers(plan, heads) == 2

@@ -318,7 +318,7 @@ def outside_ms(way: Way, pass_name: str, device: torch.device, calls: int) -> fl
     ]
     least = torch.tensor(found, dtype=torch.float64, device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return float(least.median())
+    return float(np.median(least.tolist()))
 
 
 def _peak_bytes(way: Way, pass_name: str, device: torch.device) -> int | None:

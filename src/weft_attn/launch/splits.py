@@ -36,16 +36,15 @@ def cut_forward(plan: Plan, heads: int, kv_heads: int, problem: Problem, device:
     multiprocessors. Then the query heads of a KV head share a tile (K and V are read once for all of them) and each tile's keys are
     split over the machine.
     """
-    enough = OCCUPIED * device.multiprocessors
     choice = _choose_forward(plan, heads, problem, device)
     config = choice.config
     if isinstance(config, HopperForwardConfig):
-        if count_items(plan, config.cut[0]) * heads >= enough or choice.source == "override":
+        if _fill(count_items(plan, config.cut[0]) * heads, device) or choice.source == "override":
             return ForwardCut(choice, config, 1, Tiling(*config.cut))
         choice = select("forward", problem, device)
         config = choice.config
     assert isinstance(config, ForwardConfig)
-    if count_items(plan, config.block_q) * heads >= enough:
+    if _fill(count_items(plan, config.block_q) * heads, device):
         return ForwardCut(choice, config, 1, Tiling(config.block_q, config.block_k))
 
     group = heads // kv_heads
@@ -68,15 +67,17 @@ def _choose_forward(plan: Plan, heads: int, problem: Problem, device: Device) ->
     narrow = select_first(FORWARD_KERNELS, replace(problem, keys_per_query=0), device)
     if not isinstance(narrow.config, HopperForwardConfig):
         return wide
-
-    def rows_in_series(config: HopperForwardConfig) -> int:
-        items = count_items(plan, config.rows_per_item) * heads
-        return -(-items // device.multiprocessors) * config.rows_per_item
-
-    fills = count_items(plan, wide.config.rows_per_item) * heads >= OCCUPIED * device.multiprocessors
-    if fills and rows_in_series(wide.config) <= PADDING * rows_in_series(narrow.config):
+    wide_rows, narrow_rows = wide.config.rows_per_item, narrow.config.rows_per_item
+    wide_items, narrow_items = (count_items(plan, rows) * heads for rows in (wide_rows, narrow_rows))
+    rounds = [-(-items // device.multiprocessors) for items in (wide_items, narrow_items)]
+    if _fill(wide_items, device) and rounds[0] * wide_rows <= PADDING * rounds[1] * narrow_rows:
         return wide
-    return replace(narrow, note=f"items of {wide.config.rows_per_item} rows would fill the machine worse")
+    return replace(narrow, note=f"items of {wide_rows} rows would fill the machine worse")
+
+
+def _fill(items: int, device: Device) -> bool:
+    """Whether so many programs, an item each, are enough for the device."""
+    return items >= OCCUPIED * device.multiprocessors
 
 
 def heads_per_wave(bytes_per_head: int, wave_bytes: int, heads: int) -> int:
