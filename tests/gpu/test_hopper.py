@@ -33,7 +33,8 @@ def rows_of(case: Case, *, deterministic: bool = False) -> list[LaunchConfig]:
     Those of many keys a query, and where they are to be deterministic those of few.
     """
     keys = 0 if deterministic else math.inf
-    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, keys_per_query=keys)
+    group = case.heads // case.kv_heads
+    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, keys_per_query=keys, group=group)
     device = device_of(DEVICE)
     choices = [select_first(FORWARD_KERNELS, problem, device)]
     fused = None if deterministic else select_fused(problem, device)
@@ -85,7 +86,7 @@ def test_all_features_together_match_the_oracle(name: str, dim: int) -> None:
     check(replace(MAIN, plan=name, head_dim=dim, sinks=True, softcap=2.0))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 1), (6, 2), (2, 1)])
 def test_other_groupings_match_the_oracle(heads: int, kv_heads: int) -> None:
     check(replace(MAIN, plan="packed_window", heads=heads, kv_heads=kv_heads))
 

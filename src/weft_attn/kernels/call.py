@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from weft_attn.kernels.replay import Addresses, Arguments, launches_are_watched, replay_of
+from weft_attn.kernels.replay import Addresses, Arguments, launch_in_clusters, launches_are_watched, replay_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class KernelCall:
         constants: constexpr arguments by name.
         num_warps, num_stages: launch parameters.
         max_registers: registers a thread is compiled for; None: the compiler's choice.
+        cluster: programs on neighbouring multiprocessors that the kernel takes for one of `grid`.
     """
 
     kernel: Any
@@ -33,6 +34,7 @@ class KernelCall:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    cluster: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -48,6 +50,8 @@ class KernelCall:
         """
         if 0 in self.grid:
             return None
+        if self.cluster > 1:
+            launch_in_clusters(self.kernel.warmup(**self.arguments, **self.constants, **self.options, grid=self.grid), self.cluster)
         return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

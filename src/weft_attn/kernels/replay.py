@@ -46,6 +46,16 @@ def launches_are_watched() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def launch_in_clusters(compiled: Any, size: int) -> None:
+    """Have Triton launch a kernel, compiled for programs that stand alone, as clusters of `size` of them for each of its grid.
+
+    The launcher reads warps, programs of a cluster and bytes of shared memory from `packed_metadata`. Compiling for clusters would
+    do more: every layout would have to say how the programs share its elements.
+    """
+    warps, _, *rest = compiled.packed_metadata
+    compiled.packed_metadata = (warps, size, *rest)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """A kernel's arguments, and which of them change.

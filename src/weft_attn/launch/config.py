@@ -147,13 +147,16 @@ class HopperForwardConfig(HopperConfig):
     """Forward on Hopper: 64 query rows for each consumer against key tiles of `block_k`.
 
     consumers: two, or three in turn, which share the registers of a multiprocessor. q_in_registers: keep Q as a register operand,
-    which frees its shared memory for the next item's.
+    which frees its shared memory for the next item's. value_stages: stages of V where they are not K's num_stages (0: they are).
+    cluster: 2 has pairs of programs take two query heads of a KV head and fetch each tile of K and V once for both.
     """
 
     kernel: ClassVar[str] = "hopper_forward"
 
     block_k: int
     consumers: int = 2
+    value_stages: int = 0
+    cluster: int = 1
     q_in_registers: bool = True
     wave_bytes: int = 32 * 2**20
 
@@ -161,6 +164,16 @@ class HopperForwardConfig(HopperConfig):
         super().__post_init__()
         require(
             self.consumers in (2, 3), "consumers are two or three", expected="2 or 3", given=self.consumers, error=InvalidConfig
+        )
+        require(
+            0 <= self.value_stages <= 8, "value_stages is in range", expected="0..8", given=self.value_stages, error=InvalidConfig
+        )
+        require(
+            self.cluster == 1 or (self.cluster == 2 and self.consumers == 2),
+            "a cluster is one program, or two of two consumers each",
+            expected="1, or 2 with consumers 2",
+            given=f"{self.cluster} with consumers {self.consumers}",
+            error=InvalidConfig,
         )
 
     @property
@@ -204,11 +217,12 @@ class HopperBackwardDkdvConfig(HopperConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperBackwardDqConfig(HopperConfig):
-    """dQ on Hopper: 128 query rows against key tiles of `block_k`."""
+    """dQ on Hopper: 128 query rows against key tiles of `block_k`; cluster as in the forward."""
 
     kernel: ClassVar[str] = "hopper_backward_dq"
 
     block_k: int
+    cluster: int = 1
     wave_bytes: int = 32 * 2**20
 
     @property

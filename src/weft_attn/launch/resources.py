@@ -103,7 +103,8 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
     own = config.rows_per_item * row
     if isinstance(config, HopperForwardConfig):
         # The result has room of its own where q's is given to the next item.
-        return own * (2 if config.q_in_registers else 1) + config.num_stages * 2 * config.block_k * row
+        stages = config.num_stages + (config.value_stages or config.num_stages)
+        return own * (2 if config.q_in_registers else 1) + stages * config.block_k * row
     if isinstance(config, HopperBackwardDkdvConfig):
         return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
     if isinstance(config, HopperBackwardConfig):

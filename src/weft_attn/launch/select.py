@@ -18,7 +18,15 @@ from importlib import resources as package_files
 from typing import Any
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import CONFIGS, HopperConfig, InvalidConfig, LaunchConfig, StreamConfig
+from weft_attn.launch.config import (
+    CONFIGS,
+    HopperBackwardDqConfig,
+    HopperConfig,
+    HopperForwardConfig,
+    InvalidConfig,
+    LaunchConfig,
+    StreamConfig,
+)
 from weft_attn.launch.device import Device
 from weft_attn.launch.resources import Shape, shortfall
 
@@ -42,6 +50,7 @@ class Problem:
         few_rows: rows of a packed query tile that hold work when query rows are few and keys are split; MANY_ROWS otherwise.
         tma_possible: the tensors' alignment allows tensor descriptors.
         keys_per_query: visible keys of a query row, in the mean.
+        group: query heads of a KV head.
     """
 
     head_dim: int
@@ -50,6 +59,7 @@ class Problem:
     few_rows: int = MANY_ROWS
     tma_possible: bool = True
     keys_per_query: float = math.inf
+    group: int = 1
 
     @property
     def shape(self) -> Shape:
@@ -170,6 +180,11 @@ def select(kernel: str, problem: Problem, device: Device) -> Choice:
                 f"the overriding {kernel} config fits the call: expected 16-bit tensors that are 16-byte aligned, equal head dims "
                 f"that are a power of two, enough rows, and sm_90; given {problem} on {device.name} ({device.arch})"
             )
+        if problem.group % programs_of(overridden):
+            raise InvalidConfig(
+                f"the overriding {kernel} config fits the call: expected an even number of query heads for each KV head, "
+                f"given {problem.group} and {overridden}"
+            )
         lacking = shortfall(overridden, problem.shape, device)
         if lacking:
             raise InvalidConfig(f"the overriding {kernel} config fits {device.name}: {lacking}, given {overridden}")
@@ -230,6 +245,11 @@ def tma_usable(problem: Problem, device: Device) -> bool:
     """Tensor descriptors need the hardware, aligned tensors, and heads that fill their tile's columns."""
     powers = all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v))
     return device.has_tma and problem.tma_possible and powers
+
+
+def programs_of(config: LaunchConfig) -> int:
+    """Programs of a cluster: they share a KV head, so its query heads are divided among them."""
+    return config.cluster if isinstance(config, HopperForwardConfig | HopperBackwardDqConfig) else 1
 
 
 def is_served(kernel: str, problem: Problem, device: Device) -> bool:
@@ -296,16 +316,23 @@ def _candidates(kernel: str, problem: Problem, device: Device) -> Iterator[tuple
             and row.dtype_bits == problem.dtype_bits
             and row.head_dim >= problem.shape.widest
             and row.least_keys <= problem.keys_per_query
+            and problem.group % programs_of(row.config) == 0
             and (row.few_rows == MANY_ROWS) == (problem.few_rows == MANY_ROWS or kernel != "forward")
             and (
                 not isinstance(row.config, HopperConfig)
                 or (row.head_dim == problem.head_dim and _serves_hopper(problem, device))
             )
         ]
-        # The tightest row that serves; when no few-rows tile holds all rows, the largest one.
+        # The tightest row that serves, one for pairs of heads before another; when no few-rows tile holds all rows, the largest one.
         return sorted(
             rows,
-            key=lambda r: (r.head_dim, -r.least_keys, r.few_rows < problem.few_rows, abs(r.few_rows - problem.few_rows)),
+            key=lambda r: (
+                r.head_dim,
+                -r.least_keys,
+                -programs_of(r.config),
+                r.few_rows < problem.few_rows,
+                abs(r.few_rows - problem.few_rows),
+            ),
         )
 
     for table in tables():

@@ -69,12 +69,18 @@ def _describable(*tensors: torch.Tensor) -> bool:
 
 def problem_of(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: torch.Tensor) -> Problem:
     """What selection needs to know of a call; `others` lie in memory beside q, k and v."""
-    return _problem(plan, q, v, tma_possible=_describable(q, k, v, *others))
+    return _problem(plan, q, k, v, tma_possible=_describable(q, k, v, *others))
 
 
-def _problem(plan: Plan, q: torch.Tensor, v: torch.Tensor, *, tma_possible: bool) -> Problem:
-    bits = q.element_size() * 8
-    return Problem(q.shape[2], v.shape[2], bits, tma_possible=tma_possible, keys_per_query=plan.keys_per_query)
+def _problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tma_possible: bool) -> Problem:
+    return Problem(
+        q.shape[2],
+        v.shape[2],
+        q.element_size() * 8,
+        tma_possible=tma_possible,
+        keys_per_query=plan.keys_per_query,
+        group=q.shape[1] // k.shape[1],
+    )
 
 
 def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
@@ -83,7 +89,7 @@ def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
     statistics = math.prod(stats_shape(q.shape[1], q.shape[0], SHIFTED_COPIES))
     describable = _describable(q, k, v, dout) and statistics < 2**31
-    return _problem(plan, q, v, tma_possible=describable)
+    return _problem(plan, q, k, v, tma_possible=describable)
 
 
 def is_deterministic(asked: bool) -> bool:

@@ -25,7 +25,7 @@ from weft_attn.kernels.hopper.backward_wide import (
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
@@ -83,7 +83,7 @@ def hopper_backward_kernel(
     )  # fmt: skip
     N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
     schedule = make_schedule(
-        counter_ptr,
+        Alone(counter_ptr),
         gl.to_tensor(n_items),
         gl.to_tensor(n_heads),
         gl.to_tensor(heads_per_wave),

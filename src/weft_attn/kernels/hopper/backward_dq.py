@@ -21,7 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.pair import SharedRing, descriptor_parameter, make_pair, make_shared_ring, sit_out, words_before, write_addresses
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -96,8 +97,8 @@ class Memory:
     schedule: Schedule
     q: Ring
     dout: Ring
-    k: Ring
-    v: Ring
+    k: Ring | SharedRing
+    v: Ring | SharedRing
     cleaned: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
@@ -108,16 +109,17 @@ class Memory:
 @gluon.jit
 def _produce(p, memory):
     schedule = memory.schedule
+    schedule.dealer.meet()
     step = 0
     turn = 0
-    number = gl.program_id(0)
+    number = schedule.dealer.first()
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr, False)
     while schedule.exists(number):
         item, head, _, _ = schedule.locate(number)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
         for consumer in gl.static_range(CONSUMERS):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
             memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
@@ -128,10 +130,11 @@ def _produce(p, memory):
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
         if not is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         turn += 1
     schedule.finish()
+    schedule.dealer.meet()
 
 
 @gluon.jit
@@ -172,6 +175,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
     scores_layout: gl.constexpr = product_layout(p.BLOCK_K)
     operand_layout: gl.constexpr = gl.DotOperandLayout(0, scores_layout, 2)
+    schedule.dealer.meet()
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
@@ -224,6 +228,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         turn += 1
         schedule.hear(turn)
         number = schedule.number(turn)
+    schedule.dealer.meet()
 
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -257,6 +262,7 @@ def hopper_backward_dq_kernel(
     STAGES: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    IN_PAIRS: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     # An integer that is 1 comes as a constant.
@@ -266,22 +272,45 @@ def hopper_backward_dq_kernel(
         gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_stats_h),
         softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
     )  # fmt: skip
+    if IN_PAIRS:
+        write_addresses()
+        dealer = make_pair(counter_ptr)
+    else:
+        dealer = Alone(counter_ptr)
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
+        dealer, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
         PRODUCER_WARPS=1,
     )  # fmt: skip
     # A slot of q and dout for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)
-    k = make_ring(k_desc, STAGES, CONSUMERS)
-    v = make_ring(v_desc, STAGES, CONSUMERS)
+    if IN_PAIRS:
+        k = make_shared_ring(k_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 2), words_before(0), STAGES, CONSUMERS)
+        v = make_shared_ring(v_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 3), words_before(STAGES), STAGES, CONSUMERS)
+    else:
+        k = make_ring(k_desc, STAGES, CONSUMERS)
+        v = make_ring(v_desc, STAGES, CONSUMERS)
     memory = Memory(schedule, q, dout, k, v, make_agreement(CONSUMERS))
     fence_async_shared()
-    gl.warp_specialize(
-        [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )
+    if IN_PAIRS:
+        # Up to twelve warps.
+        gl.warp_specialize(
+            [
+                (_consume, (p, memory, gl.constexpr(0))),
+                (_consume, (p, memory, gl.constexpr(1))),
+                (_produce, (p, memory)),
+                (sit_out, (dealer,)),
+                (sit_out, (dealer,)),
+            ],
+            [4, 1, 1, 2],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 def hopper_backward_dq_call(
@@ -317,12 +346,12 @@ def hopper_backward_dq_call(
     heads = q.shape[1]
     return KernelCall(
         kernel=hopper_backward_dq_kernel,
-        grid=(min(multiprocessors, n_items * heads),),
+        grid=(min(multiprocessors, n_items * heads) // config.cluster,),
         arguments=dict(
             q_desc=head_box(q, ROWS.value),
             dout_desc=head_box(dout, ROWS.value),
-            k_desc=head_box(k, config.block_k),
-            v_desc=head_box(v, config.block_k),
+            k_desc=head_box(k, config.block_k // config.cluster),
+            v_desc=head_box(v, config.block_k // config.cluster),
             lse_log2_ptr=lse_log2,
             delta_ptr=delta,
             dq_ptr=dq,
@@ -336,8 +365,8 @@ def hopper_backward_dq_call(
             stride_dqh=dq.stride(1),
             stride_stats_h=q.shape[0],
             n_items=n_items,
-            n_heads=heads,
-            heads_per_wave=heads_per_wave,
+            n_heads=heads // config.cluster,
+            heads_per_wave=max(1, heads_per_wave // config.cluster),
             counter_ptr=counter,
             softmax_scale=softmax_scale,
             inner_scale=inner_scale,
@@ -351,8 +380,10 @@ def hopper_backward_dq_call(
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
             CONSUMER_REGISTERS=config.consumer_registers,
+            IN_PAIRS=config.cluster > 1,
         ),
         num_warps=config.num_warps,
         num_stages=1,
         max_registers=config.max_registers,
+        cluster=config.cluster,
     )

@@ -143,7 +143,7 @@ def produce(p, memory):
     schedule = memory.schedule
     step = 0
     turn = 0
-    number = gl.program_id(0)
+    number = schedule.dealer.first()
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr, True)
     while schedule.exists(number):
         item, kv_head, _, _ = schedule.locate(number)
@@ -151,7 +151,7 @@ def produce(p, memory):
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
         for tile in gl.static_range(KEY_TILES):
             memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
@@ -161,7 +161,7 @@ def produce(p, memory):
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
         step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
         if not is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
         turn += 1
     schedule.finish()

@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.pair import SharedRing, descriptor_parameter, make_pair, make_shared_ring, sit_out, words_before, write_addresses
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
     MINUS_INFINITY,
@@ -130,8 +131,8 @@ class Memory:
 
     schedule: Schedule
     q: Ring
-    k: Ring
-    v: Ring
+    k: Ring | SharedRing
+    v: Ring | SharedRing
     out: gl.shared_memory_descriptor
     v_cleaned: gl.shared_memory_descriptor
 
@@ -146,16 +147,17 @@ class Memory:
 @gluon.jit
 def _produce(p, memory):
     schedule = memory.schedule
+    schedule.dealer.meet()
     step = 0
     turn = 0
-    number = gl.program_id(0)
+    number = schedule.dealer.first()
     schedule.tell(turn, number, p.items_ptr, p.runs_ptr, False)
     while schedule.exists(number):
         item, head, _, _ = schedule.locate(number)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         if is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
         for consumer in gl.static_range(p.CONSUMERS):
             memory.q.load(turn * p.CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
         kv_head = head // p.GROUP
@@ -165,10 +167,11 @@ def _produce(p, memory):
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         step = load_keys_and_values(p, memory, step, kv_head, interior_run, interior_tiles)
         if not is_short:
-            number = schedule.take()
+            number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, False)
         turn += 1
     schedule.finish()
+    schedule.dealer.meet()
 
 
 # ---- consumers ------------------------------------------------------------------------------------------------------------
@@ -252,6 +255,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     cleaned = 0
     row_layout: gl.constexpr = gl.SliceLayout(1, p.scores_layout)
     turn = 0
+    schedule.dealer.meet()
     if p.IN_TURN:
         begin_turns(CONSUMER, p.CONSUMERS)
     schedule.hear(turn)
@@ -317,6 +321,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     if p.IN_TURN:
         end_turns(CONSUMER, p.CONSUMERS)
     tma.store_wait(pendings=0)
+    schedule.dealer.meet()
 
 
 @gluon.jit
@@ -380,11 +385,13 @@ def hopper_forward_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_K: gl.constexpr,
     CONSUMERS: gl.constexpr,
-    KV_STAGES: gl.constexpr,
+    K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    IN_PAIRS: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     # An integer that is 1 comes as a constant.
@@ -394,14 +401,23 @@ def hopper_forward_kernel(
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(stride_lse_h),
         inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
+    if IN_PAIRS:
+        write_addresses()
+        dealer = make_pair(counter_ptr)
+    else:
+        dealer = Alone(counter_ptr)
     schedule = make_schedule(
-        counter_ptr, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
+        dealer, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
         PRODUCER_WARPS=1,
     )  # fmt: skip
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
-    k = make_ring(k_desc, KV_STAGES, CONSUMERS)
-    v = make_ring(v_desc, KV_STAGES, CONSUMERS)
+    if IN_PAIRS:
+        k = make_shared_ring(k_desc, dealer, descriptor_parameter("hopper_forward_kernel", 1), words_before(0), K_STAGES, CONSUMERS)
+        v = make_shared_ring(v_desc, dealer, descriptor_parameter("hopper_forward_kernel", 2), words_before(K_STAGES), V_STAGES, CONSUMERS)
+    else:
+        k = make_ring(k_desc, K_STAGES, CONSUMERS)
+        v = make_ring(v_desc, V_STAGES, CONSUMERS)
     # Where q stays in shared memory until the item's end, the result takes its place.
     out = q.tiles
     if Q_IN_REGISTERS:
@@ -418,6 +434,19 @@ def hopper_forward_kernel(
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif IN_PAIRS:
+        # Up to twelve warps.
+        gl.warp_specialize(
+            [
+                (_consume, (p, memory, gl.constexpr(0))),
+                (_consume, (p, memory, gl.constexpr(1))),
+                (_produce, (p, memory)),
+                (sit_out, (dealer,)),
+                (sit_out, (dealer,)),
+            ],
+            [4, 1, 1, 2],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
         )
     else:
         gl.warp_specialize(
@@ -460,11 +489,11 @@ def hopper_forward_call(
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
     return KernelCall(
         kernel=hopper_forward_kernel,
-        grid=(min(multiprocessors, n_items * heads),),
+        grid=(min(multiprocessors, n_items * heads) // config.cluster,),
         arguments=dict(
             q_desc=head_box(q, ROWS.value),
-            k_desc=head_box(k, config.block_k),
-            v_desc=head_box(v, config.block_k),
+            k_desc=head_box(k, config.block_k // config.cluster),
+            v_desc=head_box(v, config.block_k // config.cluster),
             out_desc=head_box(out, ROWS.value),
             out_ptr=out,
             lse_ptr=lse,
@@ -479,8 +508,8 @@ def hopper_forward_call(
             stride_oh=out.stride(1),
             stride_lse_h=lse.stride(0),
             n_items=n_items,
-            n_heads=heads,
-            heads_per_wave=heads_per_wave,
+            n_heads=heads // config.cluster,
+            heads_per_wave=max(1, heads_per_wave // config.cluster),
             counter_ptr=counter,
             inner_scale=inner_scale,
             # A scale of zero makes all that is seen equal, but not what is hidden: 0 times -inf is NaN.
@@ -492,13 +521,16 @@ def hopper_forward_call(
             HEAD_DIM=head_dim,
             BLOCK_K=config.block_k,
             CONSUMERS=config.consumers,
-            KV_STAGES=config.num_stages,
+            K_STAGES=config.num_stages,
+            V_STAGES=config.value_stages or config.num_stages,
             Q_IN_REGISTERS=config.q_in_registers,
             HAS_SOFTCAP=softcap > 0,
             HAS_SINKS=sinks is not None,
             CONSUMER_REGISTERS=config.consumer_registers,
+            IN_PAIRS=config.cluster > 1,
         ),
         num_warps=config.num_warps,
         num_stages=1,
         max_registers=config.max_registers,
+        cluster=config.cluster,
     )

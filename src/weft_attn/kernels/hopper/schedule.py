@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from weft_attn.kernels.hopper.compat import aggregate
+from weft_attn.kernels.hopper.pair import Pair
 from weft_attn.kernels.hopper.tiles import ROWS
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import direction_of_walk, place_in_list
@@ -35,18 +36,58 @@ def one_a_lane(warps):
 
 
 @aggregate
+class Alone:
+    """Deals the list to programs that each work alone.
+
+    Attributes:
+        counter_ptr: COUNTER_SIZE int32, zero between launches.
+    """
+
+    counter_ptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, counter_ptr):
+        self.counter_ptr = counter_ptr
+
+    @gluon.jit
+    def programs(self):
+        """How many walk the list."""
+        return gl.num_programs(0)
+
+    @gluon.jit
+    def first(self):
+        """The number that this program begins with."""
+        return gl.program_id(0)
+
+    @gluon.jit
+    def head(self, place):
+        """The head at a place in the list."""
+        return place
+
+    @gluon.jit
+    def take(self, turn):
+        """Producer, once a turn: the number of the turn after this one."""
+        return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
+
+    @gluon.jit
+    def meet(self):
+        """Nobody."""
+
+
+@aggregate
 class Schedule:
     """The way from the counter through the producer to the consumers.
 
     Attributes:
-        counter_ptr: COUNTER_SIZE int32, zero between launches.
+        dealer: who takes numbers from the counter: a program, or a pair of them.
+        n_heads, heads_per_wave, last_heads: of a dealer's places: heads, or pairs of them.
         records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the
             head and the direction.
         full, empty: (SLOTS, 1) barriers.
         PRODUCER_WARPS: of the producer; a consumer has four.
     """
 
-    counter_ptr: gl.tensor
+    dealer: Alone | Pair
     n_items: gl.tensor
     n_heads: gl.tensor
     heads_per_wave: gl.tensor
@@ -57,8 +98,8 @@ class Schedule:
     PRODUCER_WARPS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS):
-        self.counter_ptr = counter_ptr
+    def __init__(self, dealer, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS):
+        self.dealer = dealer
         self.n_items, self.n_heads, self.heads_per_wave, self.last_heads = n_items, n_heads, heads_per_wave, last_heads
         self.records, self.full, self.empty = records, full, empty
         self.PRODUCER_WARPS = gl.constexpr(PRODUCER_WARPS)
@@ -70,7 +111,10 @@ class Schedule:
     @gluon.jit
     def locate(self, number):
         """What a number stands for: item, head, wave and round (`place_in_list`)."""
-        return place_in_list(number, self.n_items, self.n_heads, self.heads_per_wave, self.last_heads, gl.num_programs(0))
+        item, place, wave, round_number = place_in_list(
+            number, self.n_items, self.n_heads, self.heads_per_wave, self.last_heads, self.dealer.programs()
+        )
+        return item, self.dealer.head(place), wave, round_number
 
     @gluon.jit
     def direction_of(self, number, items_ptr):
@@ -86,11 +130,6 @@ class Schedule:
         another that is free.
         """
         return n_tiles <= SHORT
-
-    @gluon.jit
-    def take(self):
-        """Producer: the next number of the list."""
-        return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
 
     @gluon.jit
     def tell(self, turn, number, items_ptr, runs_ptr, HAS_DIRECTION: gl.constexpr):
@@ -182,10 +221,11 @@ class Schedule:
     @gluon.jit
     def finish(self):
         """Producer: nobody will take a number after the last program is here."""
-        done = gl.atomic_add(self.counter_ptr + 1, 1)
+        counter_ptr = self.dealer.counter_ptr
+        done = gl.atomic_add(counter_ptr + 1, 1)
         if done == gl.num_programs(0) - 1:
-            gl.store(self.counter_ptr, 0)
-            gl.store(self.counter_ptr + 1, 0)
+            gl.store(counter_ptr, 0)
+            gl.store(counter_ptr + 1, 0)
 
 
 @gluon.jit
@@ -202,7 +242,7 @@ def load_item(items_ptr, item):
 
 @gluon.jit
 def make_schedule(
-    counter_ptr, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr
+    dealer, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr
 ):
     """A schedule that `CONSUMERS` partitions hear. The last wave has `last_heads` heads or more; 0: those that are left."""
     records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -211,4 +251,4 @@ def make_schedule(
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
-    return Schedule(counter_ptr, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS)
+    return Schedule(dealer, n_items, n_heads, heads_per_wave, last_heads, records, full, empty, PRODUCER_WARPS)
