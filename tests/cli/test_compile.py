@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections import Counter
@@ -21,7 +22,14 @@ from weft_attn.kernels import matrix
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.matrix import Outcome, Variant, call_of, compile_variant, variants
 from weft_attn.kernels.offline import compile_call
-from weft_attn.launch.config import CONFIGS, DeltaConfig, ForwardConfig, HopperConfig, HopperForwardConfig
+from weft_attn.launch.config import (
+    CONFIGS,
+    DeltaConfig,
+    ForwardConfig,
+    HopperBackwardDqConfig,
+    HopperConfig,
+    HopperForwardConfig,
+)
 from weft_attn.launch.device import TARGETS, target
 from weft_attn.launch.select import tables
 from weft_attn.testing.shared_memory import BYTES, NUM_WARPS, fill_call
@@ -66,8 +74,9 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
 def test_three_consumers_pass_turns_on_at_barriers_of_their_own() -> None:
     """In the forward of head dim 64, which `--quick` leaves out."""
     rows = [row for table in tables() for row in table.rows if isinstance(row.config, HopperForwardConfig)]
-    (config,) = {row.config for row in rows if row.config.consumers == 3}
-    for all_features in (False, True):
+    configs = {row.config for row in rows if row.config.consumers == 3}
+    assert {config.cluster for config in configs} == {1, 2}
+    for config, all_features in itertools.product(configs, (False, True)):
         variant = replace(HOPPER, config=config, head_dim=64, all_features=all_features)
         compiled = compile_call(call_of(variant), "sm_90")
         assert not compiled.undefined_reads
@@ -88,6 +97,39 @@ def test_three_consumers_pass_turns_on_at_barriers_of_their_own() -> None:
         assert all(to == 13 + (by - 13 + 1) % 3 for by, to in turns), "to the one after"
         others = set(re.findall(r"(?:bar|barrier)\.sync\s+(\d+)", compiled.assembly))
         assert not others & {"13", "14", "15"}
+
+
+PAIRS = {
+    row.config: row.head_dim
+    for table in tables()
+    for row in table.rows
+    if isinstance(row.config, HopperForwardConfig | HopperBackwardDqConfig) and row.config.cluster == 2
+}
+
+
+@pytest.mark.parametrize("config", PAIRS, ids=lambda config: f"{config.kernel}-{PAIRS[config]}")
+def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None:
+    """What PTX says by name is what the kernel's arguments are: the compiler knows nothing of either."""
+    call = call_of(replace(HOPPER, kernel=config.kernel, config=config, head_dim=PAIRS[config]))
+    assert call.cluster == 2
+    text = compile_call(call, "sm_90").assembly
+    descriptors = [name for name in call.kernel.arg_names if name.endswith("_desc")]
+    assert call.kernel.arg_names[: len(descriptors)] == descriptors, "parameters are counted from the first on"
+    sizes = dict(re.findall(r"\.param (?:\.align 64 )?\.(?:b8|u\d+) (\w+)(?:\[(\d+)\])?[,\n]", text))
+    fetched = re.findall(r"mov\.b64 desc, (\w+);.*?(cp\.async\.bulk\.tensor\S*)", text)
+    assert {instruction for _, instruction in fetched} == {
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+    }
+    named = Counter(parameter for parameter, _ in fetched)
+    assert set(named) == {f"{call.kernel.__name__}_param_{5 * descriptors.index(name)}" for name in ("k_desc", "v_desc")}
+    assert all(sizes[parameter] == "128" for parameter in named), "a descriptor, and nothing else, has 128 bytes"
+    # Each box of 64 columns, of the stream of edge tiles and of that of interior ones.
+    assert set(named.values()) == {2 * PAIRS[config] // 64}
+    # Triton fetches the others: q, and what dQ needs beside it.
+    of_triton = set(re.findall(r"complete_tx::bytes \[[^\]]*\], \[(%rd\d+)", text))
+    assert len(of_triton) == len({"q_desc", "dout_desc"} & set(descriptors))
+    # All warps of both programs meet before the first word and after the last; those without work too.
+    assert text.count("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;") == 2 * (5 if config.cut[0] == 128 else 6)
 
 
 def test_several_targets_after_one_option_and_repeated_options_add_up(

@@ -37,7 +37,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_for_a_target_it_names_every_kernel_its_numbers_and_their_source(arch: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, "--arch", arch, "--head-dim", "64", "--dtype", "fp16")
     for kernels in (FORWARD_KERNELS, DKDV_KERNELS, DQ_KERNELS, ("combine",), ("delta",)):
-        choice = select_first(kernels, Problem(64, 64, 16), target(arch))
+        choice = select_first(kernels, Problem(64, 64, 16, group=4), target(arch))
         assert f"{choice.config.kernel} {numbers(choice.config)} from {choice.source}" in text
         assert (
             f"{shared_memory(choice.config, Problem(64, 64, 16).shape, arch):,} of {target(arch).shared_memory:,} bytes" in text

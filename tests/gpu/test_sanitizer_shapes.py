@@ -41,7 +41,10 @@ CASES = [
 
 def run(case: Case) -> None:
     """Once as selection says, and once with Hopper's forward and fused backward where they serve: selection leaves them few rows."""
-    problem, device = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, group=case.heads // case.kv_heads), device_of(torch.device("cuda"))
+    problem, device = (
+        Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, group=case.heads // case.kv_heads),
+        device_of(torch.device("cuda")),
+    )
     choice, fused = select_first(FORWARD_KERNELS, problem, device), select_fused(problem, device)
     launch(case)
     if isinstance(choice.config, HopperForwardConfig) and fused:

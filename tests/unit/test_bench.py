@@ -708,3 +708,17 @@ def test_few_rows_that_fill_the_device_are_refused():
     busy = replace(SMALL, heads=INTERPRETER.multiprocessors * 2, kv_heads=1)
     with pytest.raises(InvalidInput, match="keys are split"):
         tune.tune(tune.Search("forward", busy, 300, few_rows=8), CPU, PACE, ENVIRONMENT)
+
+
+def test_a_sustained_pace_loads_the_card_as_long_as_its_power_is_averaged_over():
+    clock = FakeClock(a=0.5, b=1000.0)
+    calls = {name: (lambda _turn, name=name: name) for name in "ab"}
+    pace = timing.chosen_pace(quick=False, rounds=2, sustained=True)
+    timing.interleave(calls, clock, pace)
+    assert clock.log[:-4] == [("a", 1), ("b", 1)] * 2, "two seconds of load"
+    assert dict(clock.log[-4:]) == {"a": 300, "b": timing.MIN_REPEATS}
+    assert pace.rounds == 2
+    assert timing.repeats_of(pace.round_ms, 1e-3, pace.most_repeats) == pace.most_repeats
+    assert timing.chosen_pace(quick=False, rounds=None) == timing.HOUSE_PACE
+    with pytest.raises(InvalidInput, match="quick or sustained"):
+        timing.chosen_pace(quick=True, rounds=None, sustained=True)

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
 from weft_attn.kernels.hopper.forward import hopper_forward_call
-from weft_attn.launch import HopperForwardConfig
+from weft_attn.launch import HopperBackwardDqConfig, HopperForwardConfig
 from weft_attn.launch.config import CONFIGS
 from weft_attn.launch.device import Device
 from weft_attn.launch.select import Problem, select
@@ -50,3 +52,41 @@ def test_waves_are_two_rounds_by_keys_and_bounded_by_bytes_by_queries(monkeypatc
     assert wave("hopper_backward_dq", wave_bytes=2 * 4 * 2**20) == 8
     # 16 MiB of queries and dO a KV head.
     assert wave("backward_dkdv", wave_bytes=3 * 16 * 2**20) == 3
+
+
+def calls_of(cluster: int, *, heads_per_wave: int = 8, n_items: int = 1) -> tuple[KernelCall, KernelCall]:
+    """Forward and dQ of 8 query and 2 KV heads."""
+    q, kv = torch.empty(128, 8, 128, dtype=torch.bfloat16), torch.empty(128, 2, 128, dtype=torch.bfloat16)
+    table, stats = torch.zeros(1, 8, dtype=torch.int32), torch.empty(8, 128)
+    shared = dict(
+        q=q, k=kv, v=kv, items=table, runs=table, n_items=n_items, heads_per_wave=heads_per_wave,
+        counter=torch.zeros(2, dtype=torch.int32), softmax_scale=1.0, softcap=0.0, multiprocessors=132,
+    )  # fmt: skip
+    forward = HopperForwardConfig(block_k=128, num_warps=4, num_stages=2, value_stages=3, cluster=cluster)
+    dq = HopperBackwardDqConfig(block_k=64, num_warps=4, num_stages=4, cluster=cluster)
+    return (
+        hopper_forward_call(**shared, sinks=None, out=q, lse=stats, config=forward),
+        hopper_backward_dq_call(**shared, dout=q, lse_log2=stats, delta=stats, dq=q, config=dq),
+    )
+
+
+def test_a_pair_takes_two_heads_for_one_and_each_of_its_programs_half_a_tile() -> None:
+    for alone, pair in zip(calls_of(1), calls_of(2), strict=True):
+        assert (alone.cluster, pair.cluster) == (1, 2)
+        assert (alone.grid, pair.grid) == ((8,), (4,))
+        assert (alone.arguments["n_heads"], pair.arguments["n_heads"]) == (8, 4)
+        assert (alone.arguments["heads_per_wave"], pair.arguments["heads_per_wave"]) == (8, 4)
+        for name in ("k_desc", "v_desc"):
+            rows, columns = alone.arguments[name].block_shape
+            assert pair.arguments[name].block_shape == [rows // 2, columns]
+        assert alone.arguments["q_desc"].block_shape == pair.arguments["q_desc"].block_shape
+        assert alone.constants["GROUP"] == pair.constants["GROUP"] == 4
+        assert (alone.constants["IN_PAIRS"], pair.constants["IN_PAIRS"]) == (False, True)
+    # The grid is as many programs as there are multiprocessors; a wave has a head of each program at least.
+    assert [call.grid for call in (*calls_of(1, n_items=100), *calls_of(2, n_items=100))] == [(132,), (132,), (66,), (66,)]
+    assert [call.arguments["heads_per_wave"] for call in calls_of(2, heads_per_wave=1)] == [1, 1]
+
+
+def test_values_may_have_more_stages_than_keys() -> None:
+    forward, _ = calls_of(2)
+    assert (forward.constants["K_STAGES"], forward.constants["V_STAGES"]) == (2, 3)

@@ -13,7 +13,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
 from weft_attn.kernels.call import BoundCall, KernelCall, tensor_descriptor
-from weft_attn.kernels.replay import MAX_ENCODED
+from weft_attn.kernels.replay import MAX_ENCODED, launch_in_clusters
 
 GRID = (5, 1, 1)
 NAMES = ("q_desc", "out_ptr", "k_desc", "stride", "BLOCK", "scale")
@@ -176,3 +176,43 @@ def test_another_launcher_is_not_replayed(machine: Machine) -> None:
     compiled.run.__class__ = Other
     bound, _ = bound_call(compiled)
     assert bound._replay is None
+
+
+def test_a_launch_in_clusters_says_so_to_tritons_launcher_and_in_its_replay(machine: Machine) -> None:
+    """Warps, programs of a cluster, bytes of shared memory."""
+    compiled = Compiled(ENCODING, ENCODING)
+    launch_in_clusters(compiled, 2)
+    launch_in_clusters(compiled, 2)
+    assert compiled.packed_metadata == (4, 2, 0)
+    bound, addresses = bound_call(compiled)
+    machine.handed.clear()
+    bound.launch(addresses, machine.stream)
+    compiled[GRID](*bound._arguments(addresses))
+    replayed, of_triton = machine.handed
+    assert without_hooks(replayed) == without_hooks(of_triton)
+    # 3.6 hands the tuple over; 3.9 its three numbers, between the grid and the stream or behind them.
+    assert (4, 2, 0) in replayed or any(tuple(replayed[at : at + 3]) == (4, 2, 0) for at in range(len(replayed)))
+
+
+class KernelOfTriton:
+    """Compiles when it is warmed up, and launches what it compiled."""
+
+    arg_names = ("x",)
+
+    def __init__(self) -> None:
+        self.compiled = SimpleNamespace(packed_metadata=(4, 1, 512))
+        self.launched: list[tuple[Any, ...]] = []
+
+    def warmup(self, **arguments: Any) -> Any:
+        assert arguments.pop("grid") == GRID
+        return self.compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: self.launched.append((grid, self.compiled.packed_metadata))
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_a_call_of_a_cluster_is_compiled_and_then_launched_as_one(cluster: int) -> None:
+    kernel = KernelOfTriton()
+    KernelCall(kernel=kernel, grid=GRID, arguments={}, constants={}, num_warps=4, num_stages=1, cluster=cluster).launch()
+    assert kernel.launched == [(GRID, (4, cluster, 512))], "and never before its launcher knows"

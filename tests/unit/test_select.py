@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weft_attn import Unsupported, launch
+from weft_attn import Unsupported, launch, ops
 from weft_attn.launch import (
     BackwardDkdvConfig,
     BackwardDqConfig,
@@ -22,6 +22,7 @@ from weft_attn.launch import (
 from weft_attn.launch import select as select_module
 from weft_attn.launch.config import CONFIGS, StreamConfig
 from weft_attn.launch.device import INTERPRETER, TARGETS, Device, target
+from weft_attn.launch.resources import shared_memory, shortfall
 from weft_attn.launch.select import (
     DKDV_KERNELS,
     DQ_KERNELS,
@@ -34,6 +35,7 @@ from weft_attn.launch.select import (
     Table,
     current_overrides,
     parse_table,
+    programs_of,
     select,
     select_first,
     select_fused,
@@ -442,3 +444,48 @@ def test_a_forward_has_two_consumers_or_three(consumers: int) -> None:
 def test_delta_is_overridable_like_the_others() -> None:
     with override(DeltaConfig(block_rows=16, num_warps=1, num_stages=1)):
         assert select("delta", PROBLEM, INTERPRETER).config == DeltaConfig(block_rows=16, num_warps=1, num_stages=1)
+
+
+PAIR = HopperForwardConfig(block_k=128, num_warps=4, num_stages=2, value_stages=3, cluster=2)
+
+
+@pytest.mark.parametrize("kernel", ["hopper_forward", "hopper_backward_dq"])
+def test_pairs_serve_groups_that_can_be_divided_among_them(kernel: str) -> None:
+    clusters = {group: programs_of(select(kernel, replace(PROBLEM, group=group), H200).config) for group in (1, 2, 3, 4, 7, 8)}
+    assert clusters == {1: 1, 2: 2, 3: 1, 4: 2, 7: 1, 8: 2}
+
+
+def test_pairs_at_head_dim_64_serve_long_rows_alone() -> None:
+    problem = Problem(64, 64, 16, group=4)
+    assert [programs_of(select("hopper_forward", seen(problem, keys), H200).config) for keys in (1000, 4096)] == [1, 2]
+
+
+def test_a_pair_that_cannot_divide_a_group_is_refused() -> None:
+    with override(PAIR), pytest.raises(InvalidConfig, match="even number of query heads"):
+        select("hopper_forward", replace(PROBLEM, group=3), H200)
+    with override(PAIR):
+        assert select("hopper_forward", replace(PROBLEM, group=2), H200).config == PAIR
+
+
+def test_a_call_says_how_many_query_heads_a_kv_head_has() -> None:
+    q, kv = torch.empty(300, 12, 128, dtype=torch.bfloat16), torch.empty(300, 4, 128, dtype=torch.bfloat16)
+    plan = Plan.dense(1, 300, 300)
+    assert ops.problem_of(plan, q, kv, kv).group == 3
+    assert ops.execute.backward_problem(plan, q, kv, kv, q).group == 3
+
+
+@pytest.mark.parametrize(("changes", "said"), [(dict(cluster=3), "one program or two"), (dict(value_stages=9), "value_stages")])
+def test_a_cluster_is_one_program_or_two_and_stages_are_few(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(InvalidConfig, match=said):
+        replace(PAIR, **changes)
+
+
+def test_stages_of_values_take_their_own_shared_memory() -> None:
+    shape = PROBLEM.shape
+    tile = 128 * 128 * 2
+    more = shared_memory(PAIR, shape, "sm_90") - shared_memory(replace(PAIR, value_stages=0), shape, "sm_90")
+    assert more == tile
+    assert shared_memory(replace(PAIR, value_stages=2), shape, "sm_90") == shared_memory(
+        replace(PAIR, value_stages=0), shape, "sm_90"
+    )
+    assert "shared memory" in shortfall(replace(PAIR, num_stages=3), shape, H200)

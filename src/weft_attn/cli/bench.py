@@ -27,6 +27,7 @@ def bench(
     pass_: Annotated[str, typer.Option("--pass", help="forward, backward, or both where the suite has both")] = "both",
     device: Annotated[str, typer.Option(help="cuda, cuda:N, or cpu for the reference")] = "cuda",
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
+    sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
     quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
 ) -> None:
     """Time attention beside its peers, checked first, interleaved in rounds, on pairs counted from the plan.
@@ -40,7 +41,7 @@ def bench(
         sizes=cases.QUICK if quick else cases.HOUSE,
         peers=peers.chosen_peers(cases.comma_separated(peers_), cases.comma_separated(no_peers) or ()),
         device_name=device,
-        pace=timing.chosen_pace(quick=quick, rounds=rounds),
+        pace=timing.chosen_pace(quick=quick, rounds=rounds, sustained=sustained),
         check=check,
         seqlen=seqlen,
         world=world,

@@ -33,6 +33,7 @@ def bench_cp(
     write_rates: Annotated[Path | None, typer.Option(help="write measured rates for `weft simulate --rates`")] = None,
     device: Annotated[str, typer.Option(help="cuda: each rank its own GPU, with NCCL; cpu: gloo")] = "cuda",
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
+    sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
     quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
 ) -> None:
     """Time context parallelism, its kernels and its communication alone, and its peers: packed documents on all ranks.
@@ -45,7 +46,7 @@ def bench_cp(
         model=cases.chosen_model(quick=quick, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype_name=dtype),
         peers=context_parallel.chosen_peers(cases.comma_separated(peers)),
         device_name=device,
-        pace=timing.chosen_pace(quick=quick, rounds=rounds),
+        pace=timing.chosen_pace(quick=quick, rounds=rounds, sustained=sustained),
         layout=layout,
         max_gather_bytes=max_gather_bytes,
         groupings=context_parallel.chosen_groupings(cases.comma_separated(groups)),

@@ -51,7 +51,9 @@ class KernelCall:
         if 0 in self.grid:
             return None
         if self.cluster > 1:
-            launch_in_clusters(self.kernel.warmup(**self.arguments, **self.constants, **self.options, grid=self.grid), self.cluster)
+            launch_in_clusters(
+                self.kernel.warmup(**self.arguments, **self.constants, **self.options, grid=self.grid), self.cluster
+            )
         return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 

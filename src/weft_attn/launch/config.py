@@ -166,13 +166,17 @@ class HopperForwardConfig(HopperConfig):
             self.consumers in (2, 3), "consumers are two or three", expected="2 or 3", given=self.consumers, error=InvalidConfig
         )
         require(
-            0 <= self.value_stages <= 8, "value_stages is in range", expected="0..8", given=self.value_stages, error=InvalidConfig
+            0 <= self.value_stages <= 8,
+            "value_stages is in range",
+            expected="0..8",
+            given=self.value_stages,
+            error=InvalidConfig,
         )
         require(
-            self.cluster == 1 or (self.cluster == 2 and self.consumers == 2),
-            "a cluster is one program, or two of two consumers each",
-            expected="1, or 2 with consumers 2",
-            given=f"{self.cluster} with consumers {self.consumers}",
+            self.cluster in (1, 2),
+            "a cluster is one program or two",
+            expected="1 or 2",
+            given=self.cluster,
             error=InvalidConfig,
         )
 

@@ -21,7 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
-from weft_attn.kernels.hopper.pair import SharedRing, descriptor_parameter, make_pair, make_shared_ring, sit_out, words_before, write_addresses
+from weft_attn.kernels.hopper.pair import (
+    SharedRing,
+    descriptor_parameter,
+    make_pair,
+    make_shared_ring,
+    sit_out,
+    words_before,
+    write_addresses,
+)
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
@@ -285,8 +293,12 @@ def hopper_backward_dq_kernel(
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)
     if IN_PAIRS:
-        k = make_shared_ring(k_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 2), words_before(0), STAGES, CONSUMERS)
-        v = make_shared_ring(v_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 3), words_before(STAGES), STAGES, CONSUMERS)
+        k = make_shared_ring(
+            k_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 2), words_before(0), STAGES, CONSUMERS
+        )
+        v = make_shared_ring(
+            v_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 3), words_before(STAGES), STAGES, CONSUMERS
+        )
     else:
         k = make_ring(k_desc, STAGES, CONSUMERS)
         v = make_ring(v_desc, STAGES, CONSUMERS)

@@ -23,7 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
-from weft_attn.kernels.hopper.pair import SharedRing, descriptor_parameter, make_pair, make_shared_ring, sit_out, words_before, write_addresses
+from weft_attn.kernels.hopper.pair import (
+    SharedRing,
+    descriptor_parameter,
+    make_pair,
+    make_shared_ring,
+    sit_out,
+    words_before,
+    write_addresses,
+)
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
@@ -413,8 +421,12 @@ def hopper_forward_kernel(
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     if IN_PAIRS:
-        k = make_shared_ring(k_desc, dealer, descriptor_parameter("hopper_forward_kernel", 1), words_before(0), K_STAGES, CONSUMERS)
-        v = make_shared_ring(v_desc, dealer, descriptor_parameter("hopper_forward_kernel", 2), words_before(K_STAGES), V_STAGES, CONSUMERS)
+        k = make_shared_ring(
+            k_desc, dealer, descriptor_parameter("hopper_forward_kernel", 1), words_before(0), K_STAGES, CONSUMERS
+        )
+        v = make_shared_ring(
+            v_desc, dealer, descriptor_parameter("hopper_forward_kernel", 2), words_before(K_STAGES), V_STAGES, CONSUMERS
+        )
     else:
         k = make_ring(k_desc, K_STAGES, CONSUMERS)
         v = make_ring(v_desc, V_STAGES, CONSUMERS)
@@ -424,7 +436,21 @@ def hopper_forward_kernel(
         out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], out_desc.layout)
     memory = Memory(schedule, q, k, v, out, make_agreement(CONSUMERS))
     fence_async_shared()
-    if CONSUMERS == 3:
+    if CONSUMERS == 3 and IN_PAIRS:
+        # Up to sixteen warps.
+        gl.warp_specialize(
+            [
+                (_consume, (p, memory, gl.constexpr(0))),
+                (_consume, (p, memory, gl.constexpr(1))),
+                (_consume, (p, memory, gl.constexpr(2))),
+                (_produce, (p, memory)),
+                (sit_out, (dealer,)),
+                (sit_out, (dealer,)),
+            ],
+            [4, 4, 1, 1, 2],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (_consume, (p, memory, gl.constexpr(0))),

@@ -318,9 +318,7 @@ class SharedRing:
 
 
 @gluon.jit
-def make_shared_ring(
-    desc, pair, PARAMETER: gl.constexpr, FIRST: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr
-):
+def make_shared_ring(desc, pair, PARAMETER: gl.constexpr, FIRST: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     """A ring of tiles of two of `desc`'s boxes, one below the other, that `CONSUMERS` partitions of each program read.
 
     Args:

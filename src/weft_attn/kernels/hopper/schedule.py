@@ -65,7 +65,7 @@ class Alone:
         return place
 
     @gluon.jit
-    def take(self, turn):
+    def take(self, _turn):
         """Producer, once a turn: the number of the turn after this one."""
         return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
 
@@ -241,9 +241,7 @@ def load_item(items_ptr, item):
 
 
 @gluon.jit
-def make_schedule(
-    dealer, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr
-):
+def make_schedule(dealer, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr):
     """A schedule that `CONSUMERS` partitions hear. The last wave has `last_heads` heads or more; 0: those that are left."""
     records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
