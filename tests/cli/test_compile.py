@@ -112,7 +112,8 @@ def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None
     """What PTX says by name is what the kernel's arguments are: the compiler knows nothing of either."""
     call = call_of(replace(HOPPER, kernel=config.kernel, config=config, head_dim=PAIRS[config]))
     assert call.cluster == 2
-    text = compile_call(call, "sm_90").assembly
+    compiled = compile_call(call, "sm_90")
+    text = compiled.assembly
     descriptors = [name for name in call.kernel.arg_names if name.endswith("_desc")]
     assert call.kernel.arg_names[: len(descriptors)] == descriptors, "parameters are counted from the first on"
     sizes = dict(re.findall(r"\.param (?:\.align 64 )?\.(?:b8|u\d+) (\w+)(?:\[(\d+)\])?[,\n]", text))
@@ -128,8 +129,10 @@ def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None
     # Triton fetches the others: q, and what dQ needs beside it.
     of_triton = set(re.findall(r"complete_tx::bytes \[[^\]]*\], \[(%rd\d+)", text))
     assert len(of_triton) == len({"q_desc", "dout_desc"} & set(descriptors))
-    # Every role meets the other program's before its first word and after its last; those of idle warps may be one piece of code.
-    assert text.count("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;") >= 2 * (config.cut[0] // 64 + 1)
+    # Every role meets the other program's before its first word and after its last, those of idle warps too. (In PTX, equal code may
+    # have become one.)
+    roles = config.cut[0] // 64 + 1 + 2
+    assert compiled.dialect.count("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;") == 2 * roles
 
 
 def test_several_targets_after_one_option_and_repeated_options_add_up(

@@ -27,13 +27,15 @@ def _on_hopper() -> None:
         pytest.skip("Hopper's kernels run on sm_90")
 
 
-def rows_of(case: Case, *, deterministic: bool = False) -> list[LaunchConfig]:
+def rows_of(case: Case, *, deterministic: bool = False, keys: float | None = None, alone: bool = False) -> list[LaunchConfig]:
     """What the tables give this head dim, as overrides: they run whatever the number of rows and keys.
 
-    Those of many keys a query, and where they are to be deterministic those of few.
+    Args:
+        keys: rows for so many keys a query; None: many, or where they are to be deterministic few.
+        alone: programs work alone, also where they could in pairs.
     """
-    keys = 0 if deterministic else math.inf
-    group = case.heads // case.kv_heads
+    keys = (0 if deterministic else math.inf) if keys is None else keys
+    group = 1 if alone else case.heads // case.kv_heads
     problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, keys_per_query=keys, group=group)
     device = device_of(DEVICE)
     choices = [select_first(FORWARD_KERNELS, problem, device)]
@@ -45,13 +47,14 @@ def rows_of(case: Case, *, deterministic: bool = False) -> list[LaunchConfig]:
 
 
 def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) -> None:
-    """Match the oracle with the kernel of all gradients, and with those of each, which are deterministic."""
+    """Match the oracle with the kernel of all gradients, and with those of each, which are deterministic; those in pairs, and alone."""
     plan = plan or case.make_plan()
     inputs = make_inputs(case, plan, DEVICE)
     given = inputs.poisoned(plan) if poison else inputs
-    for deterministic in (False, True):
+    rows = [rows_of(case), rows_of(case, deterministic=True), rows_of(case, deterministic=True, keys=math.inf, alone=True)]
+    for deterministic, configs in zip((False, True, True), rows, strict=True):
         attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic, **case.options)
-        with override(*rows_of(case, deterministic=deterministic)):
+        with override(*configs):
             found = evaluate(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), given)  # type: ignore[arg-type] # noqa: B023
         assert_matches_oracle(found, case, plan, inputs)
 
@@ -151,8 +154,11 @@ def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name not in ("no_rows", "no_keys")])
 def test_three_consumers_in_turn_match_the_oracle_on_every_plan(name: str) -> None:
+    """Of pairs and of programs alone."""
     case = replace(MAIN, plan=name, head_dim=64, sinks=name == "packed")
-    assert any(isinstance(row, HopperForwardConfig) and row.consumers == 3 for row in rows_of(case))
+    for alone in (False, True):
+        forward = next(row for row in rows_of(case, alone=alone) if isinstance(row, HopperForwardConfig))
+        assert (forward.consumers, forward.cluster) == (3, 1 if alone else 2)
     check(case, poison=name in ("zigzag_padded", "unseen", "groups"))
 
 
@@ -176,24 +182,26 @@ def test_graphs_replay_beside_eager_launches() -> None:
             assert torch.equal(eager, want)
 
 
-def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit(alone: bool) -> None:
     case = replace(MAIN, plan="packed", head_dim=64, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    with override(*rows_of(case)), torch.no_grad():
+    with override(*rows_of(case, alone=alone)), torch.no_grad():
         first = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks)
         for _ in range(1000):
             differing += (weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks) != first).sum()
     assert int(differing) == 0
 
 
-def test_a_thousand_runs_are_equal_to_the_bit() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_thousand_runs_are_equal_to_the_bit(alone: bool) -> None:
     case = replace(MAIN, plan="packed", sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
     attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, deterministic=True, return_lse=True)  # noqa: E731
-    with override(*rows_of(case, deterministic=True)):
+    with override(*rows_of(case, deterministic=True, alone=alone)):
         first = evaluate(attention, x)  # type: ignore[arg-type]
         differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
         for _ in range(1000):
@@ -202,7 +210,7 @@ def test_a_thousand_runs_are_equal_to_the_bit() -> None:
     assert int(differing) == 0
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(32, 8, 256), (16, 16, 64), (16, 16, 33)])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(32, 8, 256), (32, 8, 64), (32, 8, 33), (16, 16, 64), (16, 16, 33)])
 def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: int, length: int) -> None:
     """Items of one or two tiles: what an item reads, its place in the tables too, must have come before the next one's is brought."""
     offsets = torch.arange(0, 65536 // length + 1) * length

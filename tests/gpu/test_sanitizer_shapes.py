@@ -11,6 +11,7 @@ A test, and a script to run under a memory checker:
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,16 +41,16 @@ CASES = [
 
 
 def run(case: Case) -> None:
-    """Once as selection says, and once with Hopper's forward and fused backward where they serve: selection leaves them few rows."""
-    problem, device = (
-        Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, group=case.heads // case.kv_heads),
-        device_of(torch.device("cuda")),
-    )
+    """Once as selection says, and with Hopper's forward, in pairs and alone, and fused backward where they serve: selection leaves them few rows."""
+    device = device_of(torch.device("cuda"))
+    problem = Problem(case.head_dim, case.dim_v, case.dtype.itemsize * 8, group=case.heads // case.kv_heads)
     choice, fused = select_first(FORWARD_KERNELS, problem, device), select_fused(problem, device)
+    alone = select_first(FORWARD_KERNELS, replace(problem, group=1), device)
     launch(case)
     if isinstance(choice.config, HopperForwardConfig) and fused:
-        with override(choice.config, fused.config):
-            launch(case)
+        for forward in dict.fromkeys((choice.config, alone.config)):
+            with override(forward, fused.config):
+                launch(case)
 
 
 def launch(case: Case) -> None:

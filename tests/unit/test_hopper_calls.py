@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from weft_attn.errors import InvalidInput
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
 from weft_attn.kernels.hopper.forward import hopper_forward_call
+from weft_attn.kernels.hopper.schedule import grid_of
 from weft_attn.launch import HopperBackwardDqConfig, HopperForwardConfig
 from weft_attn.launch.config import CONFIGS
 from weft_attn.launch.device import Device
@@ -85,6 +87,17 @@ def test_a_pair_takes_two_heads_for_one_and_each_of_its_programs_half_a_tile() -
     # The grid is as many programs as there are multiprocessors; a wave has a head of each program at least.
     assert [call.grid for call in (*calls_of(1, n_items=100), *calls_of(2, n_items=100))] == [(132,), (132,), (66,), (66,)]
     assert [call.arguments["heads_per_wave"] for call in calls_of(2, heads_per_wave=1)] == [1, 1]
+
+
+def test_a_grid_is_never_empty_where_there_is_work_and_a_cluster_shares_a_kv_head() -> None:
+    assert grid_of(132, 100, 8) == (132,)
+    assert grid_of(132, 2, 8) == (16,)
+    assert grid_of(132, 0, 8) == (0,)
+    assert grid_of(131, 100, 8, group=4, cluster=2) == (65,)
+    assert grid_of(1, 100, 8, group=4, cluster=2) == (1,)
+    assert grid_of(132, 0, 8, group=4, cluster=2) == (0,)
+    with pytest.raises(InvalidInput, match="share a KV head"):
+        grid_of(132, 100, 6, group=3, cluster=2)
 
 
 def test_values_may_have_more_stages_than_keys() -> None:

@@ -12,6 +12,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
+from weft_attn.errors import Unsupported
 from weft_attn.kernels.call import BoundCall, KernelCall, tensor_descriptor
 from weft_attn.kernels.replay import MAX_ENCODED, launch_in_clusters
 
@@ -65,7 +66,7 @@ class Compiled:
     def __init__(self, *encodings: Any) -> None:
         self.src = SimpleNamespace(signature=dict(zip(NAMES, SIGNATURE, strict=True)), constants={}, fn=None)
         self.metadata = SimpleNamespace(
-            tensordesc_meta=list(encodings), num_ctas=1, launch_cooperative_grid=False, launch_pdl=False,
+            tensordesc_meta=list(encodings), num_warps=4, num_ctas=1, shared=0, launch_cooperative_grid=False, launch_pdl=False,
             global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0, profile_scratch_align=1,
         )  # fmt: skip
         self.run = nvidia.CudaLauncher(self.src, self.metadata)
@@ -194,13 +195,21 @@ def test_a_launch_in_clusters_says_so_to_tritons_launcher_and_in_its_replay(mach
     assert (4, 2, 0) in replayed or any(tuple(replayed[at : at + 3]) == (4, 2, 0) for at in range(len(replayed)))
 
 
+def test_a_triton_that_packs_something_else_is_refused(machine: Machine) -> None:
+    compiled = Compiled(ENCODING)
+    compiled.packed_metadata = (1, 4, 0)
+    with pytest.raises(Unsupported, match="as Weft knows it"):
+        launch_in_clusters(compiled, 2)
+
+
 class KernelOfTriton:
     """Compiles when it is warmed up, and launches what it compiled."""
 
     arg_names = ("x",)
 
     def __init__(self) -> None:
-        self.compiled = SimpleNamespace(packed_metadata=(4, 1, 512))
+        metadata = SimpleNamespace(num_warps=4, num_ctas=1, shared=512)
+        self.compiled = SimpleNamespace(packed_metadata=(4, 1, 512), metadata=metadata)
         self.launched: list[tuple[Any, ...]] = []
 
     def warmup(self, **arguments: Any) -> Any:

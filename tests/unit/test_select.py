@@ -15,12 +15,13 @@ from weft_attn.launch import (
     BackwardDqConfig,
     DeltaConfig,
     ForwardConfig,
+    HopperBackwardDqConfig,
     HopperForwardConfig,
     InvalidConfig,
     override,
 )
 from weft_attn.launch import select as select_module
-from weft_attn.launch.config import CONFIGS, StreamConfig
+from weft_attn.launch.config import CONFIGS, PairedConfig, StreamConfig
 from weft_attn.launch.device import INTERPRETER, TARGETS, Device, target
 from weft_attn.launch.resources import shared_memory, shortfall
 from weft_attn.launch.select import (
@@ -474,10 +475,18 @@ def test_a_call_says_how_many_query_heads_a_kv_head_has() -> None:
     assert ops.execute.backward_problem(plan, q, kv, kv, q).group == 3
 
 
-@pytest.mark.parametrize(("changes", "said"), [(dict(cluster=3), "one program or two"), (dict(value_stages=9), "value_stages")])
-def test_a_cluster_is_one_program_or_two_and_stages_are_few(changes: dict[str, int], said: str) -> None:
-    with pytest.raises(InvalidConfig, match=said):
-        replace(PAIR, **changes)
+@pytest.mark.parametrize("cluster", [-1, 0, 3, 4])
+@pytest.mark.parametrize(
+    "config", [PAIR, HopperBackwardDqConfig(block_k=64, num_warps=4, num_stages=4)], ids=lambda c: c.kernel
+)
+def test_a_cluster_is_one_program_or_two(config: PairedConfig, cluster: int) -> None:
+    with pytest.raises(InvalidConfig, match="one program or two"):
+        replace(config, cluster=cluster)
+
+
+def test_stages_of_values_are_few() -> None:
+    with pytest.raises(InvalidConfig, match="value_stages"):
+        replace(PAIR, value_stages=9)
 
 
 def test_stages_of_values_take_their_own_shared_memory() -> None:

@@ -75,7 +75,8 @@ class Pace:
     Attributes:
         rounds: rounds in which every variant runs.
         warm_up_ms: load before the first round, over all variants together, until clocks have settled.
-        round_ms: time that a variant gets in a round, at least MIN_REPEATS calls and at most most_repeats.
+        round_ms: time that a variant gets in a round, at least MIN_REPEATS calls.
+        most_repeats: calls of a variant in a round at most.
     """
 
     rounds: int = 20
@@ -87,8 +88,8 @@ class Pace:
 MIN_REPEATS = 2
 HOUSE_PACE = Pace()
 QUICK_PACE = Pace(rounds=3, warm_up_ms=1.0, round_ms=1.0)
-# As training loads a card: its power, averaged over a second or so, bounds the clocks, which bursts of 20 ms run above.
-SUSTAINED_PACE = Pace(rounds=6, warm_up_ms=2000.0, round_ms=150.0, most_repeats=5000)
+# As training loads a card: its power, averaged over some time, bounds the clocks, which bursts of 20 ms run above.
+SUSTAINED_PACE = Pace(rounds=6, warm_up_ms=2000.0, round_ms=400.0, most_repeats=10000)
 
 
 def chosen_pace(*, quick: bool, rounds: int | None, sustained: bool = False) -> Pace:
@@ -168,14 +169,18 @@ def _numbered(call: Call) -> Callable[[], object]:
 
 
 def _warm_up(calls: Mapping[str, Callable[[], object]], clock: Clock, pace: Pace) -> dict[str, int]:
-    """Load the device for `warm_up_ms`, then say how many calls of each variant fill `round_ms`."""
+    """Load the device for `warm_up_ms`, then say how many calls of each variant fill `round_ms`.
+
+    After one call of each, as many in a row as a round has: a card that waits between calls stays cool.
+    """
     loaded = 0.0
+    repeats = dict.fromkeys(calls, 1)
     while True:
-        estimates = {name: clock.measure(call, 1) for name, call in calls.items()}
-        loaded += sum(estimates.values())
+        measured = {name: clock.measure(call, repeats[name]) for name, call in calls.items()}
+        loaded += sum(one * repeats[name] for name, one in measured.items())
+        repeats = {name: repeats_of(pace.round_ms, one, pace.most_repeats) for name, one in measured.items()}
         if loaded >= pace.warm_up_ms:
-            break
-    return {name: repeats_of(pace.round_ms, one, pace.most_repeats) for name, one in estimates.items()}
+            return repeats
 
 
 def repeats_of(round_ms: float, one_ms: float, most: int = HOUSE_PACE.most_repeats) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from weft_attn.kernels.replay import Addresses, Arguments, launch_in_clusters, launches_are_watched, replay_of
+
+# Held from the compilation of a kernel that runs in clusters to its launch.
+_TOLD = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class KernelCall:
         constants: constexpr arguments by name.
         num_warps, num_stages: launch parameters.
         max_registers: registers a thread is compiled for; None: the compiler's choice.
-        cluster: programs on neighbouring multiprocessors that the kernel takes for one of `grid`.
+        cluster: programs that are launched for each of `grid`, as a cluster on neighbouring multiprocessors.
     """
 
     kernel: Any
@@ -50,11 +54,13 @@ class KernelCall:
         """
         if 0 in self.grid:
             return None
-        if self.cluster > 1:
-            launch_in_clusters(
-                self.kernel.warmup(**self.arguments, **self.constants, **self.options, grid=self.grid), self.cluster
-            )
-        return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        if self.cluster == 1:
+            return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+        # Two threads that compile a kernel at the same time get an object each: the one that is launched must be the one that was told.
+        with _TOLD:
+            compiled = self.kernel.warmup(**self.arguments, **self.constants, **self.options, grid=self.grid)
+            launch_in_clusters(compiled, self.cluster)
+            return self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 class BoundCall:

@@ -198,8 +198,10 @@ def _quick_variants(device: Device, head_dim: int | None) -> Iterator[Variant]:
     if head_dim is None:
         wanted.append(("forward", QUICK_RAGGED, MANY_ROWS))
     for kernel, dim, few_rows in wanted:
-        choice = select(kernel, Problem(dim, dim, 16, few_rows), device)
-        yield from _if_it_fits(device, choice.source, choice.config, dim, torch.bfloat16, few_rows != MANY_ROWS, True)
+        # Of these heads, and of others that no pair of programs shares.
+        groups = (HEADS // KV_HEADS, 1)
+        for choice in dict.fromkeys(select(kernel, Problem(dim, dim, 16, few_rows, group=group), device) for group in groups):
+            yield from _if_it_fits(device, choice.source, choice.config, dim, torch.bfloat16, few_rows != MANY_ROWS, True)
 
 
 def _if_it_fits(

@@ -33,6 +33,7 @@ class Compiled:
         assembly: the target's assembly text.
         undefined_reads: instructions of a warp-specialised kernel that read what a path leaves unwritten (machine_code.py).
         idle_barriers: barriers of such a kernel that nobody arrives at or waits for.
+        dialect: such a kernel in Triton's GPU dialect.
     """
 
     registers: int | None
@@ -42,6 +43,7 @@ class Compiled:
     assembly: str
     undefined_reads: tuple[str, ...] = ()
     idle_barriers: tuple[str, ...] = ()
+    dialect: str = ""
 
 
 def gpu_target(arch: str) -> GPUTarget:
@@ -77,6 +79,7 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
                 report,
                 undefined_reads=tuple(undefined_reads(disassemble(compiled.asm["cubin"]))),
                 idle_barriers=tuple(idle_barriers(compiled.asm["ttgir"])),
+                dialect=compiled.asm["ttgir"],
             )
         return report
     return _amd_report(compiled)

@@ -5,7 +5,7 @@ driver call) and calls hooks, before one call of a C function. On the host all t
 What the launcher hands to the C function follows from the arguments: it is recorded once, and replayed with other addresses.
 
 Used of Triton, alike in 3.6 and 3.9: a compiled kernel's `run` (the launcher), `src.signature`, `metadata`, `function` and
-`packed_metadata`; the launcher's `launch`, which is the C function or, for a kernel with descriptors, what
+`packed_metadata`, which `launch_in_clusters` writes too; the launcher's `launch`, which is the C function or, for a kernel with descriptors, what
 `wrap_handle_tensordesc` made of it. Where these are others (ROCm; a launcher that allocates memory), there is no replay.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from triton import knobs
 from triton.runtime import driver
+
+from weft_attn.errors import Unsupported, require
 
 Addresses = Mapping[str, int | None]
 
@@ -52,8 +54,16 @@ def launch_in_clusters(compiled: Any, size: int) -> None:
     The launcher reads warps, programs of a cluster and bytes of shared memory from `packed_metadata`. Compiling for clusters would
     do more: every layout would have to say how the programs share its elements.
     """
-    warps, _, *rest = compiled.packed_metadata
-    compiled.packed_metadata = (warps, size, *rest)
+    metadata = compiled.metadata
+    known = [(metadata.num_warps, programs, metadata.shared) for programs in (metadata.num_ctas, size)]
+    require(
+        compiled.packed_metadata in known,
+        "Triton packs what its launcher reads as Weft knows it",
+        expected=f"one of {known}",
+        given=compiled.packed_metadata,
+        error=Unsupported,
+    )
+    compiled.packed_metadata = known[-1]
 
 
 @dataclass(frozen=True)

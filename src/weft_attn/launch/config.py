@@ -143,12 +143,31 @@ class HopperConfig(LaunchConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HopperForwardConfig(HopperConfig):
+class PairedConfig(HopperConfig):
+    """A kernel whose programs may work in pairs.
+
+    cluster: 2 has pairs of programs take two query heads of a KV head and fetch each tile of K and V once for both (ADR 23).
+    """
+
+    cluster: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.cluster in (1, 2),
+            "a cluster is one program or two",
+            expected="1 or 2",
+            given=self.cluster,
+            error=InvalidConfig,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopperForwardConfig(PairedConfig):
     """Forward on Hopper: 64 query rows for each consumer against key tiles of `block_k`.
 
     consumers: two, or three in turn, which share the registers of a multiprocessor. q_in_registers: keep Q as a register operand,
     which frees its shared memory for the next item's. value_stages: stages of V where they are not K's num_stages (0: they are).
-    cluster: 2 has pairs of programs take two query heads of a KV head and fetch each tile of K and V once for both.
     """
 
     kernel: ClassVar[str] = "hopper_forward"
@@ -156,7 +175,6 @@ class HopperForwardConfig(HopperConfig):
     block_k: int
     consumers: int = 2
     value_stages: int = 0
-    cluster: int = 1
     q_in_registers: bool = True
     wave_bytes: int = 32 * 2**20
 
@@ -170,13 +188,6 @@ class HopperForwardConfig(HopperConfig):
             "value_stages is in range",
             expected="0..8",
             given=self.value_stages,
-            error=InvalidConfig,
-        )
-        require(
-            self.cluster in (1, 2),
-            "a cluster is one program or two",
-            expected="1 or 2",
-            given=self.cluster,
             error=InvalidConfig,
         )
 
@@ -220,13 +231,12 @@ class HopperBackwardDkdvConfig(HopperConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HopperBackwardDqConfig(HopperConfig):
-    """dQ on Hopper: 128 query rows against key tiles of `block_k`; cluster as in the forward."""
+class HopperBackwardDqConfig(PairedConfig):
+    """dQ on Hopper: 128 query rows against key tiles of `block_k`."""
 
     kernel: ClassVar[str] = "hopper_backward_dq"
 
     block_k: int
-    cluster: int = 1
     wave_bytes: int = 32 * 2**20
 
     @property

@@ -20,6 +20,7 @@ from weft_attn.launch.config import (
     HopperConfig,
     HopperForwardConfig,
     LaunchConfig,
+    PairedConfig,
 )
 from weft_attn.launch.device import Device
 
@@ -70,6 +71,8 @@ def _tiles(config: LaunchConfig, shape: Shape) -> Tiles | None:
 SMALL_KERNEL = 16 * 1024
 # Barriers and tables.
 RESERVE = 2048
+# What two programs have barriers of both in (kernels/hopper/pair.py: N_WORDS).
+PAIR_WORDS = 1024
 # 32-bit registers of a Hopper multiprocessor.
 REGISTER_FILE = 65536
 
@@ -77,7 +80,8 @@ REGISTER_FILE = 65536
 def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
     """Bytes of shared memory a program of this config needs on `arch`, an upper bound of what Triton allocates."""
     if isinstance(config, HopperConfig):
-        return _hopper_shared_memory(config, shape) + RESERVE
+        of_pairs = PAIR_WORDS if isinstance(config, PairedConfig) and config.cluster > 1 else 0
+        return _hopper_shared_memory(config, shape) + of_pairs + RESERVE
     tiles = _tiles(config, shape)
     if tiles is None:
         return SMALL_KERNEL

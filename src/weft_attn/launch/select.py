@@ -20,11 +20,10 @@ from typing import Any
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import (
     CONFIGS,
-    HopperBackwardDqConfig,
     HopperConfig,
-    HopperForwardConfig,
     InvalidConfig,
     LaunchConfig,
+    PairedConfig,
     StreamConfig,
 )
 from weft_attn.launch.device import Device
@@ -249,7 +248,7 @@ def tma_usable(problem: Problem, device: Device) -> bool:
 
 def programs_of(config: LaunchConfig) -> int:
     """Programs of a cluster: they share a KV head, so its query heads are divided among them."""
-    return config.cluster if isinstance(config, HopperForwardConfig | HopperBackwardDqConfig) else 1
+    return config.cluster if isinstance(config, PairedConfig) else 1
 
 
 def is_served(kernel: str, problem: Problem, device: Device) -> bool:

@@ -25,7 +25,7 @@ from weft_attn.kernels.hopper.backward_wide import (
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, grid_of, make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
@@ -174,7 +174,7 @@ def hopper_backward_call(
     columns = DQ_COLUMNS.value if is_wide else dq_columns(config.block_q, q.shape[2])
     return KernelCall(
         kernel=hopper_backward_kernel,
-        grid=(min(multiprocessors, n_items * kv_heads),),
+        grid=grid_of(multiprocessors, n_items, kv_heads),
         arguments=dict(
             q_desc=head_box(q, config.block_q),
             k_desc=head_box(k, ROWS.value),

@@ -30,7 +30,7 @@ from weft_attn.kernels.hopper.pair import (
     words_before,
     write_addresses,
 )
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -358,7 +358,7 @@ def hopper_backward_dq_call(
     heads = q.shape[1]
     return KernelCall(
         kernel=hopper_backward_dq_kernel,
-        grid=(min(multiprocessors, n_items * heads) // config.cluster,),
+        grid=grid_of(multiprocessors, n_items, heads, heads // k.shape[1], config.cluster),
         arguments=dict(
             q_desc=head_box(q, ROWS.value),
             dout_desc=head_box(dout, ROWS.value),

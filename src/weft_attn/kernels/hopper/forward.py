@@ -32,7 +32,7 @@ from weft_attn.kernels.hopper.pair import (
     words_before,
     write_addresses,
 )
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
     MINUS_INFINITY,
@@ -515,7 +515,7 @@ def hopper_forward_call(
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
     return KernelCall(
         kernel=hopper_forward_kernel,
-        grid=(min(multiprocessors, n_items * heads) // config.cluster,),
+        grid=grid_of(multiprocessors, n_items, heads, heads // k.shape[1], config.cluster),
         arguments=dict(
             q_desc=head_box(q, ROWS.value),
             k_desc=head_box(k, config.block_k // config.cluster),

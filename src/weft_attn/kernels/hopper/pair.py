@@ -3,8 +3,8 @@
 They walk the same tiles of k and v: each fetches half of every tile, and the copy engine writes it to the shared memory of both. That
 halves what the multiprocessors read from the L2 cache, which takes of the power that bounds the products (docs/adr/0023).
 
-Gluon names nothing of a cluster before Triton 3.8, and a pair of kernels that each think they are alone is all that is needed: this
-file says the rest in PTX, with addresses in shared memory that the programs find out by themselves, alike in both.
+Gluon names nothing of a cluster before Triton 3.8, and programs that each think they are alone are nearly all that is needed: this file says the rest in PTX, with addresses in shared
+memory that the programs find out by themselves, alike in both.
 """
 
 from triton.experimental import gluon
@@ -20,8 +20,9 @@ WARPS = gl.constexpr(4)
 ROW_BYTES = gl.constexpr(128)
 WORD_BYTES = gl.constexpr(8)
 N_WORDS = gl.constexpr(128)
-# Bytes that the buffers whose addresses matter begin at a multiple of, and more than any program's shared memory has.
+# Buffers whose addresses matter begin at multiples of so many bytes.
 ALIGNMENT = gl.constexpr(1024)
+# More than a program's shared memory.
 MOST_BYTES = gl.constexpr(256 * 1024)
 # Numbers on their way from the first program to the second.
 LETTERS = gl.constexpr(2)
@@ -67,8 +68,8 @@ def _fetch_for_both(PARAMETER: gl.constexpr, column, row, address, barrier):
 def _arrive_in_both(barrier):
     """Each warp arrives at the barrier at this address of both programs.
 
-    Without a scope: what the warp did with the tile were products, which it has waited for, and a release at the cluster's scope
-    would wait for the warp's writes to global memory as well.
+    Without the cluster's scope, which would wait for the warp's writes to global memory as well: products have read the tile, which
+    the warp has waited for, and the zeros that it may have written there were handed to them before (tiles.py: `agree`).
     """
     gl.inline_asm_elementwise(
         _one_thread(
@@ -221,7 +222,8 @@ class Pair:
             mbarrier.expect(self.words.index(full), 4)
             mbarrier.wait(self.words.index(full), phase)
             number = gl.max(as_words(self.words.index(letter), 2).slice(0, 1).load(_one_a_lane(1)), 0)
-            _arrive_in(self.address(empty), 0)
+            # No number is negative, but the address depends on it: what was read has come only where it was used (docs/adr/0018).
+            _arrive_in(self.address(empty) + (number >> 31), 0)
         return number
 
     @gluon.jit

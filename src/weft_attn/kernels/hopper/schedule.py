@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from weft_attn.errors import require
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.pair import Pair
 from weft_attn.kernels.hopper.tiles import ROWS
@@ -27,6 +28,17 @@ RECORD = gl.constexpr(32)
 PRODUCER_REGISTERS = gl.constexpr(24)
 # int32 of the counter: numbers taken, programs done.
 COUNTER_SIZE = 2
+
+
+def grid_of(multiprocessors: int, n_items: int, heads: int, group: int = 1, cluster: int = 1) -> tuple[int, ...]:
+    """Programs, or clusters of programs, of a persistent grid over the items of so many heads, `group` of each KV head."""
+    require(
+        group % cluster == 0,
+        "programs of a cluster share a KV head",
+        expected=f"groups of a multiple of {cluster}",
+        given=group,
+    )
+    return (min(max(1, multiprocessors // cluster), n_items * heads // cluster),)
 
 
 @gluon.constexpr_function
