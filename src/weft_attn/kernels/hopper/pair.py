@@ -3,8 +3,8 @@
 They walk the same tiles of k and v: each fetches half of every tile, and the copy engine writes it to the shared memory of both. That
 halves what the multiprocessors read from the L2 cache, which takes of the power that bounds the products (docs/adr/0023).
 
-Gluon names nothing of a cluster before Triton 3.8, and programs that each think they are alone are nearly all that is needed: this file says the rest in PTX, with addresses in shared
-memory that the programs find out by themselves, alike in both.
+Triton 3.6 names nothing of a cluster, and programs that each think they are alone are nearly all that is needed: this file says the
+rest in PTX, with addresses in shared memory that the programs find out by themselves, alike in both.
 """
 
 from triton.experimental import gluon
@@ -18,6 +18,7 @@ PROGRAMS = gl.constexpr(2)
 WARPS = gl.constexpr(4)
 # Bytes of a tile's row that lie together (the widest swizzle), as the copy engine writes a box of so many columns of a row.
 ROW_BYTES = gl.constexpr(128)
+# What two programs have in common beside the tiles: barriers and numbers, an int64 each.
 WORD_BYTES = gl.constexpr(8)
 N_WORDS = gl.constexpr(128)
 # Buffers whose addresses matter begin at multiples of so many bytes.
@@ -26,7 +27,7 @@ ALIGNMENT = gl.constexpr(1024)
 MOST_BYTES = gl.constexpr(256 * 1024)
 # Numbers on their way from the first program to the second.
 LETTERS = gl.constexpr(2)
-# Int32 parameters and addresses that a tensor descriptor of two dimensions is passed with: itself, its shape, its strides.
+# Parameters that a tensor descriptor of two dimensions is passed as: itself, its shape, its strides.
 DESCRIPTOR_PARAMETERS = 5
 
 
@@ -36,7 +37,7 @@ DESCRIPTOR_PARAMETERS = 5
 @gluon.constexpr_function
 def _one_thread(text):
     """PTX whose instructions marked `@leader` one thread of each warp runs. An assembly has a result."""
-    return "{ .reg .pred leader; .reg .b16 both; .reg .b32 there, then; .reg .b64 desc; elect.sync _|leader, 0xffffffff; " + (
+    return "{ .reg .pred leader; .reg .b16 both; .reg .b32 there, other; .reg .b64 desc; elect.sync _|leader, 0xffffffff; " + (
         text + " mov.u32 $0, 0; }"
     )
 
@@ -74,7 +75,7 @@ def _arrive_in_both(barrier):
     gl.inline_asm_elementwise(
         _one_thread(
             "mapa.shared::cluster.u32 there, $1, 0; @leader mbarrier.arrive.shared::cluster.b64 _, [there]; "
-            "mapa.shared::cluster.u32 then, $1, 1; @leader mbarrier.arrive.shared::cluster.b64 _, [then];"
+            "mapa.shared::cluster.u32 other, $1, 1; @leader mbarrier.arrive.shared::cluster.b64 _, [other];"
         ),
         "=r,r",
         [barrier],
@@ -102,8 +103,8 @@ def _send(word, address, barrier, program):
     """Write a word to this address of one of the programs, counted at its barrier."""
     gl.inline_asm_elementwise(
         _one_thread(
-            "mapa.shared::cluster.u32 there, $2, $4; mapa.shared::cluster.u32 then, $3, $4; "
-            "@leader st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $1, [then];"
+            "mapa.shared::cluster.u32 there, $2, $4; mapa.shared::cluster.u32 other, $3, $4; "
+            "@leader st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $1, [other];"
         ),
         "=r,r,r,r,r",
         [word, address, barrier, program],
