@@ -93,8 +93,9 @@ def times_over_ranks(rank: int, world_size: int) -> tuple[dict[str, GroupSamples
 def test_all_ranks_measure_the_same_calls_as_often_and_know_each_others_times():
     (first, repeats), (second, same) = run_ranks(times_over_ranks, 2)
     assert first == second == {"short": GroupSamples(((1.0, 2.0),) * 3), "long": GroupSamples(((9.0, 10.0),) * 3)}
-    # The slower rank's 2 and 10 ms decide: 10 and 2 calls fill a round of 20 ms. Two warm-ups of 12 ms come first.
-    assert repeats == same == [1] * 4 + [10, 2, 2, 10, 10, 2]
+    # The slower rank's 2 and 10 ms decide: 10 and 2 calls fill a round of 20 ms. The warm-up begins with one call of
+    # each, 12 ms, and goes on as a round.
+    assert repeats == same == [1, 1, 10, 2] + [10, 2, 2, 10, 10, 2]
 
 
 def outside_of(rank: int, world_size: int) -> tuple[float, int]:

@@ -196,7 +196,7 @@ def test_a_launch_in_clusters_says_so_to_tritons_launcher_and_in_its_replay(mach
 
 
 def test_a_triton_that_packs_something_else_is_refused(machine: Machine) -> None:
-    compiled = Compiled(ENCODING)
+    compiled = Compiled(ENCODING, ENCODING)
     compiled.packed_metadata = (1, 4, 0)
     with pytest.raises(Unsupported, match="as Weft knows it"):
         launch_in_clusters(compiled, 2)
