@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -257,12 +258,18 @@ def groups_of_ranks(rank: int, world_size: int) -> list[Any]:
     """A mesh dimension, its group, a mesh of two dimensions, a group of one rank, a group without this rank."""
     mesh = dist.init_device_mesh("cpu", (1, world_size), mesh_dim_names=("dp", "cp"))
     alone = [dist.new_group([r]) for r in range(world_size)]
+    # Of the first two ranks; all take part in making it.
+    smaller = dist.device_mesh.DeviceMesh("cpu", [0, 1])
     made = [weft.ContextParallel(g) for g in (mesh["cp"], mesh.get_group("cp"), mesh["dp"], alone[rank])]
     refused = []
-    for group in (mesh, alone[rank - 1]):
+    for group in (mesh, alone[rank - 1], *([smaller] if rank > 1 else [])):
         with pytest.raises(weft.InvalidInput) as raised:
             weft.ContextParallel(group)
         refused.append(str(raised.value))
+    if rank < 2:
+        assert weft.ContextParallel(smaller).world_size == 2
+    else:
+        assert "mesh's ranks" in refused.pop()
     x = torch.randn(10, 2, 16)
     assert torch.equal(attention_of(made[2], x), weft.varlen_attention(x, x, x, [0, 10], [0, 10], causal=True))  # type: ignore[arg-type]
     return [*((cp.rank, cp.world_size) for cp in made), *refused]
@@ -283,9 +290,15 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
     odd = rank == 1
 
     def call(
-        cu: list[int] = CU, dtype: torch.dtype = torch.float32, heads: int = 2, cp: Any = cp, grad: bool = False, **options: Any
+        cu: list[int] = CU,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        heads: int = 2,
+        cp: Any = cp,
+        grad: bool = False,
+        **options: Any,
     ) -> object:
-        x = cp.shard(cu, torch.randn(cu[-1], heads, 16, dtype=dtype)).requires_grad_(grad)
+        x = cp.shard(cu, torch.randn(cu[-1], heads, 16, dtype=dtype)).requires_grad_(grad).to(device)
         return cp.attention(x, x[:, :2], x[:, :2], cu, **options)
 
     other_layout = weft.ContextParallel(layout="contiguous", debug=True)
@@ -294,7 +307,9 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
         "cu_seqlens": lambda: call([0, 10, 10, 19, 33] if odd else CU),
         "dtype": lambda: call(dtype=torch.bfloat16 if odd else torch.float32),
         "heads and dims": lambda: call(heads=4 if odd else 2),
+        "kind of device": lambda: call(device="meta" if odd else "cpu"),
         "mask": lambda: call(window=(4, None) if odd else None),
+        "same mask": lambda: call(causal=np.bool_(True) if odd else True),
         "scalars": lambda: call(softcap=3.0 if odd else 0.0),
         "gradients": lambda: call(grad=odd),
         "layout": lambda: call([0, 1], cp=other_layout if odd else cp),
@@ -408,8 +423,8 @@ def test_a_group_may_be_a_mesh_dimension_or_a_part_of_the_world(answers: list[di
 
 def test_in_debug_mode_all_ranks_are_told_who_differs_in_what(answers: list[dict[str, Any]]) -> None:
     told = [answer["disagreements"] for answer in answers]
-    assert {each["none"] for each in told} == {""}
-    for fact in ("cu_seqlens", "dtype", "heads and dims", "mask", "scalars", "gradients", "layout", "call"):
+    assert {each[same] for each in told for same in ("none", "same mask")} == {""}
+    for fact in ("cu_seqlens", "dtype", "heads and dims", "kind of device", "mask", "scalars", "gradients", "layout", "call"):
         messages = {each[fact] for each in told}
         assert len(messages) == 1, "all ranks raise the same"
         message = messages.pop()

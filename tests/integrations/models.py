@@ -244,6 +244,58 @@ def steps_on_rank(rank: int, world_size: int, cases: list[tuple[str, str, bool]]
     return results
 
 
+ROPES = {
+    "dynamic": lambda: transformers.LlamaConfig(
+        **{**SHARED, "max_position_embeddings": 16}, rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=1e4)
+    ),
+    "longrope": lambda: transformers.Phi3Config(
+        **{name: value for name, value in SHARED.items() if name != "head_dim"},
+        original_max_position_embeddings=16,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            partial_rotary_factor=1.0,
+            short_factor=[1.0] * 4,
+            long_factor=[1.5, 2.0, 4.0, 8.0],
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "yarn": lambda: transformers.LlamaConfig(
+        **SHARED,
+        rope_parameters=dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16),
+    ),
+}
+
+
+def ropes_on_rank(rank: int, world_size: int, lengths: tuple[int, ...]) -> dict[tuple[str, int], Any]:
+    """(rope, tokens of the one document): its logits under context parallelism and of one process, or why it is refused."""
+    cp = weft.ContextParallel()
+    results: dict[tuple[str, int], Any] = {}
+    for name, config in ROPES.items():
+        for length in lengths:
+            model = made(lambda config=config: transformers.AutoModelForCausalLM.from_config(config())).eval()  # type: ignore[misc]
+            model.set_attn_implementation("weft")
+            ids, bounds = tokens(1, length)[0], [0, length]
+            with torch.no_grad():
+                whole = model(ids[None], use_cache=False).logits[0]
+                try:
+                    with cp.batch(bounds):
+                        local = cp.shard(bounds, ids)[None]
+                        logits = model(local, position_ids=cp.position_ids(bounds)[None], use_cache=False).logits[0]
+                    results[name, length] = cp.unshard(bounds, logits), whole
+                except weft.Unsupported as refusal:
+                    results[name, length] = str(refusal)
+    return results
+
+
+def qwen2_moe() -> Any:
+    """Its configs say of the window that no layer has that it is 0."""
+    config = transformers.Qwen2MoeConfig(
+        **SHARED, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    )
+    return made(lambda: transformers.Qwen2MoeForCausalLM(config)).eval()
+
+
 def counted_labels(cu_seqlens: list[int]) -> int:
     lengths = [stop - start for start, stop in pairwise(cu_seqlens)]
     return sum(max(length - 1, 0) for length in lengths)

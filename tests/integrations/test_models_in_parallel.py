@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import HYBRIDS, decoder, hybrid, step_in_one_process, steps_on_rank, tokens
+from models import HYBRIDS, decoder, hybrid, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
 
 import weft_attn as weft
 from weft_attn.errors import InvalidInput, Unsupported, WeftError
@@ -145,6 +145,20 @@ def test_layers_that_mix_rows_by_themselves_are_refused(name: str) -> None:
     model(**INPUTS)
     with CP.batch(CU_SEQLENS), pytest.raises(Unsupported, match=r"in attention alone: .* given (conv|linear_attention)"):
         model(**INPUTS)
+
+
+def test_rope_that_follows_the_largest_position_is_refused_where_ranks_would_disagree() -> None:
+    """Each rank is given its own rows' positions alone."""
+    first, second = run_ranks(ropes_on_rank, 2, (16, 20))
+    for (name, length), one in first.items():
+        other = second[name, length]
+        if name != "yarn" and length > 16:
+            assert one == other
+            assert f"at most 16 tokens with rope_type '{name}'" in one
+        else:
+            for logits, whole in (one, other):
+                torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+    assert len(first) == 6
 
 
 def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:

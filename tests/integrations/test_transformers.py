@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DECODERS, assert_as_eager, bart, bert, decoder, run, tokens
+from models import DECODERS, assert_as_eager, bart, bert, decoder, qwen2_moe, run, tokens
 from transformers.masking_utils import chunked_causal_mask_function
 
 from weft_attn.errors import Unsupported
@@ -81,6 +81,20 @@ def test_chunks_are_not_cut_at_positions_that_their_mask_has_not_seen() -> None:
     attend(torch.arange(8)[None])
     with pytest.raises(ValueError, match="position_ids that jump"):
         attend(torch.arange(8)[None] % 4)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_a_window_of_zero_that_no_layer_has_is_no_obstacle(side: str) -> None:
+    """The model asks for the mask nevertheless."""
+    model, ids = qwen2_moe(), tokens(3, 17)
+    mask = None if side == "none" else padding(side, 3, 17)
+    logits = []
+    for attention in ("eager", "weft"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits.append(model(ids, attention_mask=mask).logits)
+    rows = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    torch.testing.assert_close(logits[1][rows], logits[0][rows], rtol=1e-4, atol=1e-4)
 
 
 def test_an_encoder_with_padding_sees_both_ways() -> None:

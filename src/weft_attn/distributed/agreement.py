@@ -12,7 +12,18 @@ from weft_attn.distributed.collectives import Ranks
 from weft_attn.errors import InvalidInput, WeftError
 
 # What ranks compare; every rank sends a digest of each, in this order, whatever it calls.
-FACTS = ("call", "cu_seqlens", "layout", "heads and dims", "dtype", "mask", "scalars", "gradients", "groups of heads")
+FACTS = (
+    "call",
+    "cu_seqlens",
+    "layout",
+    "heads and dims",
+    "dtype",
+    "kind of device",
+    "mask",
+    "scalars",
+    "gradients",
+    "groups of heads",
+)
 
 
 def require_agreement(ranks: Ranks, facts: Mapping[str, object], refusal: WeftError | None = None) -> None:

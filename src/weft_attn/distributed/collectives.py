@@ -71,6 +71,8 @@ class Ranks:
                 expected='one dimension of it, such as mesh["cp"]',
                 given=f"{group.ndim} dimensions, {group.mesh_dim_names}",
             )
+            if group.get_coordinate() is None:
+                raise InvalidInput("this process is part of the group: expected one of the mesh's ranks, given another process")
             group = group.get_group()
         require(
             isinstance(group, dist.ProcessGroup),

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
+import numpy as np
 import torch
 
 from weft_attn import checks
@@ -287,7 +288,8 @@ class ContextParallel:
                 "layout": self.layout,
                 "heads and dims": (q.shape[1:], k.shape[1:], v.shape[1:]),
                 "dtype": q.dtype,
-                "mask": (causal, build.checked_window(window)),
+                "kind of device": q.device.type,
+                "mask": (bool(causal), build.checked_window(window)),
                 "scalars": (call.softmax_scale, call.softcap, call.deterministic, sinks is not None),
                 "gradients": (needed, call.keep_gathered, call.grad_reduce_dtype),
                 "groups of heads": (call.groups, call.largest, call.in_turn),
@@ -434,6 +436,11 @@ class ActiveBatch:
     def fewest_rows(self) -> int:
         """Rows of the rank that has fewest; the same on every rank."""
         return int(self.parallel._batch(self.cu_seqlens).layout.rank_tokens.min())
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document of the whole batch."""
+        return int(np.diff(self.parallel._batch(self.cu_seqlens).layout.cu_seqlens).max(initial=0))
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> AttentionOutput:
         """`ContextParallel.attention` under this batch; options are its keyword arguments."""

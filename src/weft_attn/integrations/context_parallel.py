@@ -5,6 +5,7 @@ A rank's rows are one sequence of local rows, (1, T_local). What the model may s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,38 @@ def refuse_layers_that_mix_rows(config: Any) -> None:
             "all layers of a model inside a context-parallel batch meet other rows in attention alone: "
             f"expected {', '.join(sorted(ATTENTION_LAYERS))}, given {', '.join(sorted(kinds))}"
         )
+
+
+# RoPE whose frequencies follow the largest position that a call sees, and after how many positions they begin to.
+ROPE_OF_THE_LARGEST_POSITION = {
+    "longrope": ("original_max_position_embeddings",),
+    "dynamic": ("original_max_position_embeddings", "max_position_embeddings"),
+}
+
+
+def refuse_rope_that_ranks_disagree_on(config: Any, longest: int) -> None:
+    """Refuse a model whose RoPE takes its frequencies from the largest position that it is given, where a document reaches those positions.
+
+    Each rank is given its own rows' positions, so ranks would rotate queries and keys differently without a word.
+
+    Args:
+        longest: tokens of the batch's longest document.
+
+    Raises:
+        Unsupported: naming the kind of RoPE.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        kind = one.get("rope_type", one.get("type"))
+        names = ROPE_OF_THE_LARGEST_POSITION.get(kind, ())
+        given = [value for name in names for value in (one.get(name), getattr(config, name, None)) if value is not None]
+        # The least: transformers has taken now one of them, now another.
+        if names and longest > min(given, default=0):
+            raise Unsupported(
+                f"ranks take the same RoPE frequencies inside a context-parallel batch: expected documents of at most "
+                f"{min(given, default=0)} tokens with rope_type {kind!r}, whose frequencies follow the largest position that a rank "
+                f"sees, given one of {longest}"
+            )
 
 
 def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:

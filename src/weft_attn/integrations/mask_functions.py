@@ -162,6 +162,9 @@ def to_mask(asked: Asked) -> Mask:
     pattern = recognise(asked.function)
     if pattern is None or not _has_segments(pattern, asked):
         return Mask(_evaluated(asked), None)
+    if pattern.left is not None and pattern.left < 0:
+        # A window of 0, as configs say of a window that no layer has: rows see nothing.
+        return Mask(Plan([], asked.batch * asked.rows, asked.batch * asked.keys), None)
     visible = host_padding(asked)
     shift = asked.row_offset - asked.key_offset
     one_document = asked.padding is None and pattern.right == 0 and asked.rows == asked.keys and shift == asked.row_offset == 0

@@ -202,7 +202,10 @@ def attention_forward(
         if attention_mask.mask.positions is not None and not flash.given:
             attention_mask.mask.positions.look(position_ids, sizes[0])
     if batch is not None:
-        context_parallel.refuse_layers_that_mix_rows(getattr(module, "config", None))
+        config = getattr(module, "config", None)
+        context_parallel.refuse_layers_that_mix_rows(config)
+        if batch.parallel.world_size > 1:
+            context_parallel.refuse_rope_that_ranks_disagree_on(config, batch.longest_document)
         # In training nobody reads the cache that a model fills unless told not to.
         if use_cache and not getattr(module, "training", False):
             raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
