@@ -288,6 +288,31 @@ def ropes_on_rank(rank: int, world_size: int, lengths: tuple[int, ...]) -> dict[
     return results
 
 
+def refusals_on_rank(rank: int, world_size: int) -> dict[str, str]:
+    """What a model says in debug mode, where rank 1 calls it wrongly: without positions, with others, with rows too few, with a cache."""
+    cp = weft.ContextParallel(debug=True)
+    model = decoder("llama").eval()
+    model.set_attn_implementation("weft")
+    bounds = [0, 11, 20]
+    ids, positions = cp.shard(bounds, tokens(1, 20)[0])[None], cp.position_ids(bounds)[None]
+    wrong: dict[str, dict[str, Any]] = {
+        "no positions": dict(position_ids=None),
+        "other positions": dict(position_ids=positions + 1),
+        "too few rows": dict(input_ids=ids[:, 1:], position_ids=positions[:, 1:]),
+        "a cache": dict(use_cache=True),
+    }
+    told = {}
+    for name, changes in wrong.items():
+        given = dict(input_ids=ids, position_ids=positions, use_cache=False) | (changes if rank == 1 else {})
+        try:
+            with torch.no_grad(), cp.batch(bounds):
+                model(**given)
+            told[name] = "nothing"
+        except weft.WeftError as refusal:
+            told[name] = str(refusal)
+    return told
+
+
 def qwen2_moe() -> Any:
     """Its configs say of the window that no layer has that it is 0."""
     config = transformers.Qwen2MoeConfig(

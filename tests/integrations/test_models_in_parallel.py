@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import HYBRIDS, decoder, hybrid, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
+from models import HYBRIDS, decoder, hybrid, refusals_on_rank, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
 
 import weft_attn as weft
 from weft_attn.errors import InvalidInput, Unsupported, WeftError
@@ -159,6 +159,16 @@ def test_rope_that_follows_the_largest_position_is_refused_where_ranks_would_dis
             for logits, whole in (one, other):
                 torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
     assert len(first) == 6
+
+
+def test_in_debug_mode_all_ranks_raise_where_one_calls_the_model_wrongly() -> None:
+    """Before any attention has compared its call."""
+    first, refusing = run_ranks(refusals_on_rank, 2, timeout=60)
+    assert len(refusing) == 4
+    for name, said in refusing.items():
+        assert said != "nothing", name
+        assert "given one by rank 1" not in said, "its own reason"
+        assert "given one by rank 1" in first[name], name
 
 
 def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:

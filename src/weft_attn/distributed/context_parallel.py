@@ -407,6 +407,16 @@ class ContextParallel:
         )
         return head_groups(k.shape[1], memory.largest, memory.in_turn, keeps, *times)
 
+    def _refuse_together(self, refusal: WeftError) -> None:
+        """In debug mode all ranks raise where one refuses a call before it was compared; the others do when they compare theirs.
+
+        Raises:
+            WeftError: `refusal`.
+        """
+        if self.debug and self.world_size > 1:
+            require_agreement(self._ranks, {}, refusal)
+        raise refusal
+
     def _agreed(self, checked: Callable[[], _Checked], facts: Callable[[_Checked], dict[str, object]]) -> _Checked:
         """What `checked` returns; in debug mode after all ranks' calls were compared."""
         if not self.debug or self.world_size == 1:
@@ -414,7 +424,7 @@ class ContextParallel:
         try:
             found = checked()
         except WeftError as refusal:
-            require_agreement(self._ranks, {}, refusal)
+            self._refuse_together(refusal)
             raise
         require_agreement(self._ranks, facts(found), None)
         return found
@@ -436,6 +446,14 @@ class ActiveBatch:
     def fewest_rows(self) -> int:
         """Rows of the rank that has fewest; the same on every rank."""
         return int(self.parallel._batch(self.cu_seqlens).layout.rank_tokens.min())
+
+    @contextmanager
+    def refusing_together(self) -> Iterator[None]:
+        """What is refused inside, before `attention` is called, is refused on all ranks in debug mode."""
+        try:
+            yield
+        except WeftError as refusal:
+            self.parallel._refuse_together(refusal)
 
     @property
     def longest_document(self) -> int:

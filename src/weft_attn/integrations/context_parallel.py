@@ -78,6 +78,17 @@ def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
         Unsupported: a KV cache, a batch size other than 1, padding, a rank without a row, a mask that is no causal or sliding-window one.
         InvalidInput: the rows or the position ids are not the batch's.
     """
+    if batch.fewest_rows == 0:
+        # The rank without rows may have failed before it got here; the others must not wait for it in their first layer, nor to refuse together.
+        raise Unsupported(
+            "models of transformers fail on empty inputs: expected a batch with a row for each of "
+            f"{batch.parallel.world_size} ranks, given one that leaves a rank without"
+        )
+    with batch.refusing_together():
+        return _band_of_batch(batch, asked)
+
+
+def _band_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
     if asked.rows != asked.keys or asked.row_offset or asked.key_offset:
         raise Unsupported(
             f"a KV cache has no place in a context-parallel batch: expected use_cache=False, given {asked.rows} rows after "
@@ -87,12 +98,6 @@ def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
         raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {asked.batch}")
     if host_padding(asked) is not None:
         raise Unsupported("a context-parallel batch has no padding: expected attention_mask=None, given one with padding")
-    if batch.fewest_rows == 0:
-        # The rank without rows may have failed before it got here; the others must not wait for it in their first layer.
-        raise Unsupported(
-            "models of transformers fail on empty inputs: expected a batch with a row for each of "
-            f"{batch.parallel.world_size} ranks, given one that leaves a rank without"
-        )
     pattern = recognise(asked.function)
     if pattern is None or pattern.chunk is not None or pattern.right != 0:
         raise Unsupported(
@@ -116,8 +121,9 @@ def attend(
     batch: ActiveBatch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: Window, options: dict[str, Any]
 ) -> torch.Tensor:
     """(1, T_local, H, D) under the batch's plan, the layer's band and its options; (1, T_local, Hq, Dv)."""
-    if q.shape[0] != 1:
-        raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {q.shape[0]}")
+    with batch.refusing_together():
+        if q.shape[0] != 1:
+            raise Unsupported(f"a rank's rows are one packed sequence: expected batch size 1, given {q.shape[0]}")
     left, right = window
     causal = right == 0
     bounds = (left, None) if causal else (left, right)

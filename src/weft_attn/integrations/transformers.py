@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,17 +200,13 @@ def attention_forward(
     batch = current_batch()
     if isinstance(attention_mask, PlanMask):
         batch = _checked_batch(attention_mask, sizes, sliding_window, batch)
-        if attention_mask.mask.positions is not None and not flash.given:
+    with nullcontext() if batch is None else batch.refusing_together():
+        if isinstance(attention_mask, PlanMask) and attention_mask.mask.positions is not None and not flash.given:
             attention_mask.mask.positions.look(position_ids, sizes[0])
+        if batch is not None:
+            _refuse_in_batch(batch, module, use_cache)
+            window = _window_in_batch(attention_mask, causal, sliding_window, flash)
     if batch is not None:
-        config = getattr(module, "config", None)
-        context_parallel.refuse_layers_that_mix_rows(config)
-        if batch.parallel.world_size > 1:
-            context_parallel.refuse_rope_that_ranks_disagree_on(config, batch.longest_document)
-        # In training nobody reads the cache that a model fills unless told not to.
-        if use_cache and not getattr(module, "training", False):
-            raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
-        window = _window_in_batch(attention_mask, causal, sliding_window, flash)
         return context_parallel.attend(batch, q, k, v, window, options), None
     plan = _plan(attention_mask, sizes, causal, sliding_window, flash)
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
@@ -263,6 +260,17 @@ def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, act
             "a mask is used in the batch that it was made in: expected one of this context-parallel batch, given another's"
         )
     return mask.mask.batch
+
+
+def _refuse_in_batch(batch: ActiveBatch, module: Any, use_cache: bool | None) -> None:
+    """Refuse what a model does that a context-parallel batch has no place for."""
+    config = getattr(module, "config", None)
+    context_parallel.refuse_layers_that_mix_rows(config)
+    if batch.parallel.world_size > 1:
+        context_parallel.refuse_rope_that_ranks_disagree_on(config, batch.longest_document)
+    # In training nobody reads the cache that a model fills unless told not to.
+    if use_cache and not getattr(module, "training", False):
+        raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
 
 
 def _window_in_batch(mask: torch.Tensor | None, causal: bool, sliding_window: int | None, flash: PackedKwargs) -> Window:
