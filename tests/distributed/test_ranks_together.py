@@ -327,6 +327,22 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
     return told
 
 
+def evaluated_under_a_cap(rank: int, world_size: int) -> list[bool]:
+    """Under the least cap that training takes, a call without gradients too, kept or gathered again; the same values."""
+    equal = []
+    for keeps in (False, True):
+        least = (
+            weft.ContextParallel(keep_gathered=keeps).memory(CU, heads=1, kv_heads=1, head_dim=16, dtype=torch.float32).backward
+        )
+        cp = weft.ContextParallel(keep_gathered=keeps, max_gather_bytes=least)
+        x = cp.shard(CU, torch.randn(33, 1, 16)).requires_grad_()
+        trained = cp.attention(x, x, x, CU)
+        trained.sum().backward()  # type: ignore[union-attr]
+        with torch.no_grad():
+            equal.append(torch.equal(cp.attention(x, x, x, CU), trained))  # type: ignore[arg-type]
+    return equal
+
+
 def left_alone(rank: int, world_size: int) -> str:
     """Without debug mode: the ranks that call wait for one that refused as long as their group's timeout says."""
     group = dist.new_group(timeout=timedelta(seconds=5))
@@ -353,6 +369,7 @@ QUESTIONS: dict[str, Callable[[int, int], Any]] = {
         checkpointed,
         groups_of_ranks,
         disagreements,
+        evaluated_under_a_cap,
         left_alone,
     )
 }
@@ -442,3 +459,7 @@ def test_in_debug_mode_all_ranks_are_told_that_one_refuses(case: str, rule: str,
 
 def test_without_debug_mode_no_rank_waits_longer_than_the_groups_timeout(answers: list[dict[str, Any]]) -> None:
     assert [answer["left_alone"] for answer in answers] == ["RuntimeError", "InvalidInput", "RuntimeError"]
+
+
+def test_what_training_takes_is_enough_for_a_call_without_gradients(answers: list[dict[str, Any]]) -> None:
+    assert [answer["evaluated_under_a_cap"] for answer in answers] == [[True, True]] * 3

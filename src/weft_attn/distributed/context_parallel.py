@@ -261,8 +261,9 @@ class ContextParallel:
             checks.flag(return_lse, "return_lse")
             batch = self._batch(cu_seqlens)
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
-            keeps = self.keep_gathered and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-            memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype, keeps)
+            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            keeps = self.keep_gathered and trains
+            memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype, keeps, trains=trains)
             mask = checks.flag(causal, "causal"), build.checked_window(window)
             call = Call(
                 plan=batch.plan(*mask),
@@ -373,15 +374,23 @@ class ContextParallel:
         return sharded_batch(self.layout, build.host_cu_seqlens(cu_seqlens).tobytes(), self.rank, self.world_size)
 
     def _memory(
-        self, batch: ShardedBatch, kv_heads: int, head_dim: int, head_dim_v: int, dtype: torch.dtype, keeps: bool
+        self,
+        batch: ShardedBatch,
+        kv_heads: int,
+        head_dim: int,
+        head_dim_v: int,
+        dtype: torch.dtype,
+        keeps: bool,
+        trains: bool = True,
     ) -> Memory:
+        """Of a call that has a backward, unless it does not train."""
         return plan_memory(
             world_size=self.world_size,
             rank_stride=batch.rank_stride,
             kv_heads=kv_heads,
             head_dims=head_dim + head_dim_v,
             element_bytes=dtype.itemsize,
-            gradient_bytes=self.grad_reduce_dtype.itemsize,
+            gradient_bytes=self.grad_reduce_dtype.itemsize if trains else 0,
             limit=self.max_gather_bytes,
             keep_gathered=keeps,
         )
