@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import numpy as np
 import torch
@@ -416,7 +416,7 @@ class ContextParallel:
         )
         return head_groups(k.shape[1], memory.largest, memory.in_turn, keeps, *times)
 
-    def _refuse_together(self, refusal: WeftError) -> None:
+    def _refuse_together(self, refusal: WeftError) -> NoReturn:
         """In debug mode all ranks raise where one refuses a call before it was compared; the others do when they compare theirs.
 
         Raises:
@@ -434,7 +434,6 @@ class ContextParallel:
             found = checked()
         except WeftError as refusal:
             self._refuse_together(refusal)
-            raise
         require_agreement(self._ranks, facts(found), None)
         return found
 

@@ -45,7 +45,7 @@ ROPE_OF_THE_LARGEST_POSITION = {
 
 
 def refuse_rope_that_ranks_disagree_on(config: Any, longest: int) -> None:
-    """Refuse a model whose RoPE takes its frequencies from the largest position that it is given, where a document reaches those positions.
+    """Refuse a model whose RoPE takes its frequencies from the largest position it is given, where a document is long enough for it.
 
     Each rank is given its own rows' positions, so ranks would rotate queries and keys differently without a word.
 
@@ -79,7 +79,8 @@ def mask_of_batch(batch: ActiveBatch, asked: Asked) -> Mask:
         InvalidInput: the rows or the position ids are not the batch's.
     """
     if batch.fewest_rows == 0:
-        # The rank without rows may have failed before it got here; the others must not wait for it in their first layer, nor to refuse together.
+        # The rank without rows may have failed before it got here; the others must not wait for it in their first layer, nor to
+        # refuse together.
         raise Unsupported(
             "models of transformers fail on empty inputs: expected a batch with a row for each of "
             f"{batch.parallel.world_size} ranks, given one that leaves a rank without"

@@ -5,8 +5,8 @@ driver call) and calls hooks, before one call of a C function. On the host all t
 What the launcher hands to the C function follows from the arguments: it is recorded once, and replayed with other addresses.
 
 Used of Triton, alike in 3.6 and 3.9: a compiled kernel's `run` (the launcher), `src.signature`, `metadata`, `function` and
-`packed_metadata`, which `launch_in_clusters` writes too; the launcher's `launch`, which is the C function or, for a kernel with descriptors, what
-`wrap_handle_tensordesc` made of it. Where these are others (ROCm; a launcher that allocates memory), there is no replay.
+`packed_metadata`, which `launch_in_clusters` writes too; the launcher's `launch`, which is the C function or, for a kernel with
+descriptors, what `wrap_handle_tensordesc` made of it. Where these are others (ROCm; a launcher that allocates memory), there is no replay.
 """
 
 from __future__ import annotations

@@ -19,18 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.by_rows import make_dealer, make_key_rings, start
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
-from weft_attn.kernels.hopper.pair import (
-    SharedRing,
-    descriptor_parameter,
-    make_pair,
-    make_shared_ring,
-    sit_out,
-    words_before,
-    write_addresses,
-)
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, grid_of, load_item, make_schedule
+from weft_attn.kernels.hopper.pair import SharedRing
+from weft_attn.kernels.hopper.schedule import Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -280,11 +273,7 @@ def hopper_backward_dq_kernel(
         gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_stats_h),
         softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
     )  # fmt: skip
-    if IN_PAIRS:
-        write_addresses()
-        dealer = make_pair(counter_ptr)
-    else:
-        dealer = Alone(counter_ptr)
+    dealer = make_dealer(counter_ptr, IN_PAIRS)
     schedule = make_schedule(
         dealer, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
         PRODUCER_WARPS=1,
@@ -292,37 +281,10 @@ def hopper_backward_dq_kernel(
     # A slot of q and dout for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)
-    if IN_PAIRS:
-        k = make_shared_ring(
-            k_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 2), words_before(0), STAGES, CONSUMERS
-        )
-        v = make_shared_ring(
-            v_desc, dealer, descriptor_parameter("hopper_backward_dq_kernel", 3), words_before(STAGES), STAGES, CONSUMERS
-        )
-    else:
-        k = make_ring(k_desc, STAGES, CONSUMERS)
-        v = make_ring(v_desc, STAGES, CONSUMERS)
+    k, v = make_key_rings(k_desc, v_desc, dealer, "hopper_backward_dq_kernel", 2, STAGES, STAGES, CONSUMERS, IN_PAIRS)
     memory = Memory(schedule, q, dout, k, v, make_agreement(CONSUMERS))
     fence_async_shared()
-    if IN_PAIRS:
-        # Up to twelve warps.
-        gl.warp_specialize(
-            [
-                (_consume, (p, memory, gl.constexpr(0))),
-                (_consume, (p, memory, gl.constexpr(1))),
-                (_produce, (p, memory)),
-                (sit_out, (dealer,)),
-                (sit_out, (dealer,)),
-            ],
-            [4, 1, 1, 2],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    start(_produce, _consume, p, memory, CONSUMERS, CONSUMER_REGISTERS, IN_PAIRS)
 
 
 def hopper_backward_dq_call(

@@ -21,18 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.by_rows import make_dealer, make_key_rings, start
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
-from weft_attn.kernels.hopper.pair import (
-    SharedRing,
-    descriptor_parameter,
-    make_pair,
-    make_shared_ring,
-    sit_out,
-    words_before,
-    write_addresses,
-)
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, Schedule, grid_of, load_item, make_schedule
+from weft_attn.kernels.hopper.pair import SharedRing
+from weft_attn.kernels.hopper.schedule import Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
     MINUS_INFINITY,
@@ -409,77 +402,21 @@ def hopper_forward_kernel(
         gl.to_tensor(stride_ot), gl.to_tensor(stride_oh), gl.to_tensor(stride_lse_h),
         inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, CONSUMERS, Q_IN_REGISTERS, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
-    if IN_PAIRS:
-        write_addresses()
-        dealer = make_pair(counter_ptr)
-    else:
-        dealer = Alone(counter_ptr)
+    dealer = make_dealer(counter_ptr, IN_PAIRS)
     schedule = make_schedule(
         dealer, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
         PRODUCER_WARPS=1,
     )  # fmt: skip
     # A slot of q for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
-    if IN_PAIRS:
-        k = make_shared_ring(
-            k_desc, dealer, descriptor_parameter("hopper_forward_kernel", 1), words_before(0), K_STAGES, CONSUMERS
-        )
-        v = make_shared_ring(
-            v_desc, dealer, descriptor_parameter("hopper_forward_kernel", 2), words_before(K_STAGES), V_STAGES, CONSUMERS
-        )
-    else:
-        k = make_ring(k_desc, K_STAGES, CONSUMERS)
-        v = make_ring(v_desc, V_STAGES, CONSUMERS)
+    k, v = make_key_rings(k_desc, v_desc, dealer, "hopper_forward_kernel", 1, K_STAGES, V_STAGES, CONSUMERS, IN_PAIRS)
     # Where q stays in shared memory until the item's end, the result takes its place.
     out = q.tiles
     if Q_IN_REGISTERS:
         out = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, ROWS, HEAD_DIM], out_desc.layout)
     memory = Memory(schedule, q, k, v, out, make_agreement(CONSUMERS))
     fence_async_shared()
-    if CONSUMERS == 3 and IN_PAIRS:
-        # Up to sixteen warps.
-        gl.warp_specialize(
-            [
-                (_consume, (p, memory, gl.constexpr(0))),
-                (_consume, (p, memory, gl.constexpr(1))),
-                (_consume, (p, memory, gl.constexpr(2))),
-                (_produce, (p, memory)),
-                (sit_out, (dealer,)),
-                (sit_out, (dealer,)),
-            ],
-            [4, 4, 1, 1, 2],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    elif CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_consume, (p, memory, gl.constexpr(0))),
-                (_consume, (p, memory, gl.constexpr(1))),
-                (_consume, (p, memory, gl.constexpr(2))),
-                (_produce, (p, memory)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    elif IN_PAIRS:
-        # Up to twelve warps.
-        gl.warp_specialize(
-            [
-                (_consume, (p, memory, gl.constexpr(0))),
-                (_consume, (p, memory, gl.constexpr(1))),
-                (_produce, (p, memory)),
-                (sit_out, (dealer,)),
-                (sit_out, (dealer,)),
-            ],
-            [4, 1, 1, 2],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [(_consume, (p, memory, gl.constexpr(0))), (_consume, (p, memory, gl.constexpr(1))), (_produce, (p, memory))],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    start(_produce, _consume, p, memory, CONSUMERS, CONSUMER_REGISTERS, IN_PAIRS)
 
 
 def hopper_forward_call(

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from weft_attn.kernels.hopper.compat import aggregate, as_barriers, as_words, synchronize
+from weft_attn.kernels.hopper.tiles import one_a_lane
 
 PROGRAMS = gl.constexpr(2)
 # Warps of a consumer. Each arrives by itself, so that none waits for the others.
@@ -130,11 +131,6 @@ def _meet():
 # ---- addresses in shared memory -------------------------------------------------------------------------------------------
 
 
-@gluon.constexpr_function
-def _one_a_lane(warps):
-    return gl.BlockedLayout([1], [32], [warps], [0])
-
-
 @gluon.jit
 def write_addresses():
     """Before anything else: the first word of every ALIGNMENT bytes of the program's shared memory becomes its own address.
@@ -143,7 +139,7 @@ def write_addresses():
     `_address_of` reads there.
     """
     n_bytes = gl.inline_asm_elementwise("mov.u32 $0, %dynamic_smem_size;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-    offsets = gl.arange(0, MOST_BYTES // ALIGNMENT, _one_a_lane(4)) * ALIGNMENT
+    offsets = gl.arange(0, MOST_BYTES // ALIGNMENT, one_a_lane(4)) * ALIGNMENT
     gl.inline_asm_elementwise(
         "{ .reg .pred inside; .reg .b32 at; mov.u32 at, global_smem; add.u32 at, at, $1; setp.lt.u32 inside, $1, $2; "
         "@inside st.shared.b32 [at], at; mov.u32 $0, 0; }",
@@ -159,7 +155,7 @@ def write_addresses():
 @gluon.jit
 def _address_of(buffer):
     """Where a buffer that lies in a swizzle of 128 bytes is, to which nothing was written since `write_addresses`."""
-    return gl.max(as_words(buffer, 2).slice(0, 1).load(_one_a_lane(4)), 0)
+    return gl.max(as_words(buffer, 2).slice(0, 1).load(one_a_lane(4)), 0)
 
 
 # ---- who works on what ----------------------------------------------------------------------------------------------------
@@ -205,6 +201,7 @@ class Pair:
 
     @gluon.jit
     def address(self, word):
+        """Of the word of this number, alike in both programs."""
         return self.words_at + word * WORD_BYTES
 
     @gluon.jit
@@ -222,7 +219,7 @@ class Pair:
         else:
             mbarrier.expect(self.words.index(full), 4)
             mbarrier.wait(self.words.index(full), phase)
-            number = gl.max(as_words(self.words.index(letter), 2).slice(0, 1).load(_one_a_lane(1)), 0)
+            number = gl.max(as_words(self.words.index(letter), 2).slice(0, 1).load(one_a_lane(1)), 0)
             # No number is negative, but the address depends on it: what was read has come only where it was used (docs/adr/0018).
             _arrive_in(self.address(empty) + (number >> 31), 0)
         return number
@@ -236,7 +233,9 @@ class Pair:
 @gluon.jit
 def make_pair(counter_ptr):
     """After `write_addresses`."""
-    box = gl.allocate_shared_memory(gl.bfloat16, [N_WORDS * 4 // 64, 64], gl.NVMMASharedLayout(128, 16, rank=2))
+    box = gl.allocate_shared_memory(
+        gl.bfloat16, [N_WORDS * WORD_BYTES // ROW_BYTES, ROW_BYTES // 2], gl.NVMMASharedLayout(128, 16, rank=2)
+    )
     words_at = _address_of(box)
     # Everyone has read it before it becomes something else.
     synchronize()

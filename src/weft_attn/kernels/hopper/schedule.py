@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from weft_attn.errors import require
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.pair import Pair
-from weft_attn.kernels.hopper.tiles import ROWS
+from weft_attn.kernels.hopper.tiles import ROWS, one_a_lane
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import direction_of_walk, place_in_list
 
@@ -39,12 +39,6 @@ def grid_of(multiprocessors: int, n_items: int, heads: int, group: int = 1, clus
         given=group,
     )
     return (min(max(1, multiprocessors // cluster), n_items * heads // cluster),)
-
-
-@gluon.constexpr_function
-def one_a_lane(warps):
-    """How so many warps hold a row of a table."""
-    return gl.BlockedLayout([1], [32], [warps], [0])
 
 
 @aggregate

@@ -44,6 +44,12 @@ def sum_box(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @gluon.constexpr_function
+def one_a_lane(warps):
+    """How so many warps hold words, such as a row of a table."""
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@gluon.constexpr_function
 def product_layout(columns):
     """Registers of a warp group that hold a (64, columns) product."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
