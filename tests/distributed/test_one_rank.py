@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch._dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import weft_attn as weft
 from weft_attn import InvalidInput, WeftError
@@ -93,6 +94,7 @@ def test_the_batch_that_models_attend_under_is_the_innermost() -> None:
         assert outer.parallel is cp
         with cp.batch([0, 4]) as inner:
             assert current_batch() is inner
+            inner.attention(*(x[:4] for x in (q, k, v)))
         active = current_batch()
         assert active is outer
         expected = weft.varlen_attention(q, k, v, CU, CU, causal=True, window=(2, None))
@@ -108,6 +110,44 @@ def test_an_error_ends_the_batch() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert current_batch() is None
+
+
+def test_a_block_in_which_nothing_attends_says_so() -> None:
+    """A model under another attention would have seen its rank's rows alone."""
+    cp = weft.ContextParallel()
+    q, k, v = tensors(requires_grad=False)
+
+    def block(*calls: Callable[[], object]) -> None:
+        with cp.batch(CU):
+            for call in calls:
+                call()
+
+    def block_within() -> None:
+        block(lambda: cp.attention(q, k, v, CU))
+
+    for calls in ((), (lambda: cp.shard(CU, q),), (lambda: weft.attention(q[None], k[None], v[None]),), (block_within,)):
+        with pytest.raises(weft.InvalidInput, match="nothing attended over the ranks"):
+            block(*calls)
+        assert current_batch() is None
+    block(lambda: cp.attention(q, k, v, CU))
+    block(lambda: weft.ContextParallel(layout="striped").attention(q, k, v, CU))
+    leaf = q.clone().requires_grad_()
+    out = checkpoint(lambda x: cp.attention(x, k, v, CU), leaf, use_reentrant=False)
+    block(lambda: out.sum().backward())  # attends again
+
+
+def test_each_use_of_a_block_is_looked_at() -> None:
+    cp = weft.ContextParallel()
+    q, k, v = tensors(requires_grad=False)
+
+    @cp.batch(CU)
+    def step(attends: bool) -> None:
+        if attends:
+            cp.attention(q, k, v, CU)
+
+    step(True)
+    with pytest.raises(weft.InvalidInput, match="nothing attended"):
+        step(False)
 
 
 def test_what_inference_or_tracing_built_serves_training() -> None:

@@ -289,10 +289,12 @@ def ropes_on_rank(rank: int, world_size: int, lengths: tuple[int, ...]) -> dict[
 
 
 def refusals_on_rank(rank: int, world_size: int) -> dict[str, str]:
-    """What a model says in debug mode, where rank 1 calls it wrongly: without positions, with others, with rows too few, with a cache."""
+    """What a model says in debug mode, where rank 1 calls it wrongly: without positions, with others, with rows too few, with a cache.
+
+    And where rank 1 has given it another attention.
+    """
     cp = weft.ContextParallel(debug=True)
     model = decoder("llama").eval()
-    model.set_attn_implementation("weft")
     bounds = [0, 11, 20]
     ids, positions = cp.shard(bounds, tokens(1, 20)[0])[None], cp.position_ids(bounds)[None]
     wrong: dict[str, dict[str, Any]] = {
@@ -300,10 +302,12 @@ def refusals_on_rank(rank: int, world_size: int) -> dict[str, str]:
         "other positions": dict(position_ids=positions + 1),
         "too few rows": dict(input_ids=ids[:, 1:], position_ids=positions[:, 1:]),
         "a cache": dict(use_cache=True),
+        "another attention": {},
     }
     told = {}
     for name, changes in wrong.items():
         given = dict(input_ids=ids, position_ids=positions, use_cache=False) | (changes if rank == 1 else {})
+        model.set_attn_implementation("sdpa" if rank == 1 and name == "another attention" else "weft")
         try:
             with torch.no_grad(), cp.batch(bounds):
                 model(**given)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import HYBRIDS, decoder, hybrid, refusals_on_rank, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
+from models import HYBRIDS, SHARED, decoder, hybrid, refusals_on_rank, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
 
 import weft_attn as weft
 from weft_attn.errors import InvalidInput, Unsupported, WeftError
@@ -42,7 +42,7 @@ def refused_batch(rank: int, _world_size: int) -> None:
     cp, model, cu_seqlens = weft.ContextParallel(), decoder("llama"), [0, 1]
     model.set_attn_implementation("weft")
     ids, positions = cp.shard(cu_seqlens, torch.tensor([5]))[None], cp.position_ids(cu_seqlens)[None]
-    with cp.batch(cu_seqlens), pytest.raises((Unsupported, IndexError)) as raised:
+    with pytest.raises((Unsupported, IndexError)) as raised, cp.batch(cu_seqlens):
         model(ids, position_ids=positions, use_cache=False)
     # transformers fails on the empty rank before it asks for a mask.
     assert raised.type is Unsupported or ids.shape[1] == 0, rank
@@ -77,6 +77,30 @@ def test_a_batch_of_one_rank_is_the_packed_batch(llama: Any) -> None:
     assert torch.equal(llama(**INPUTS).logits, expected)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_model_under_another_attention_does_not_pass_for_one_that_sees_all_ranks(attention: str, llama: Any) -> None:
+    llama.set_attn_implementation(attention)
+    with pytest.raises(InvalidInput, match=r"attn_implementation='weft'.*nothing attended"), CP.batch(CU_SEQLENS):
+        llama(**INPUTS)
+    llama.set_attn_implementation("weft")
+    with pytest.raises(RuntimeError, match="its own"), CP.batch(CU_SEQLENS):
+        raise RuntimeError("an error of its own says more")
+    compiled = torch.compile(llama, backend="eager")
+    for _ in range(2):
+        with CP.batch(CU_SEQLENS):
+            compiled(**INPUTS)
+
+
+def test_a_model_that_attends_in_its_own_way_is_noticed() -> None:
+    """Some models of transformers take the name of any attention and attend as they always do."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+    config = transformers.MegatronBertConfig(**{name: SHARED[name] for name in names}, is_decoder=True)
+    model = transformers.MegatronBertForCausalLM(config).eval()
+    model.set_attn_implementation("weft")
+    with pytest.raises(InvalidInput, match="nothing attended"), CP.batch(CU_SEQLENS):
+        model(**INPUTS)
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -94,7 +118,7 @@ def test_a_batch_of_one_rank_is_the_packed_batch(llama: Any) -> None:
     ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
 )
 def test_what_a_batch_does_not_know_is_refused(llama: Any, changed: dict[str, Any], said: str) -> None:
-    with CP.batch(CU_SEQLENS), pytest.raises(WeftError, match=said):
+    with pytest.raises(WeftError, match=said), CP.batch(CU_SEQLENS):
         llama(**{**INPUTS, **changed})
 
 
@@ -121,19 +145,19 @@ def test_a_model_in_training_may_fill_a_cache_that_it_drops(llama: Any) -> None:
 
 def test_a_cache_that_holds_keys_is_refused(llama: Any) -> None:
     cache = llama(IDS[:, :5], use_cache=True).past_key_values
-    with CP.batch([0, 6]), pytest.raises(Unsupported, match="KV cache"):
+    with pytest.raises(Unsupported, match="KV cache"), CP.batch([0, 6]):
         llama(IDS[:, 5:11], past_key_values=cache)
     static = transformers.StaticCache(config=llama.config, max_cache_len=40)
-    with CP.batch([0, 34]), pytest.raises(Unsupported, match="KV cache"):
+    with pytest.raises(Unsupported, match="KV cache"), CP.batch([0, 34]):
         llama(IDS, past_key_values=static)
 
 
 def test_chunked_layers_and_encoders_are_refused() -> None:
     model = decoder("llama4")
     model.set_attn_implementation("weft")
-    with CP.batch(CU_SEQLENS), pytest.raises(Unsupported, match="sliding-window layers"):
+    with pytest.raises(Unsupported, match="sliding-window layers"), CP.batch(CU_SEQLENS):
         model(**INPUTS)
-    with CP.batch([0, 4]), pytest.raises(Unsupported, match="decoders"):
+    with pytest.raises(Unsupported, match="decoders"), CP.batch([0, 4]):
         make_mask(1, 4, 4, mask_function=transformers.masking_utils.bidirectional_mask_function)
 
 
@@ -143,7 +167,7 @@ def test_layers_that_mix_rows_by_themselves_are_refused(name: str) -> None:
     model = hybrid(name)
     model.set_attn_implementation("weft")
     model(**INPUTS)
-    with CP.batch(CU_SEQLENS), pytest.raises(Unsupported, match=r"in attention alone: .* given (conv|linear_attention)"):
+    with pytest.raises(Unsupported, match=r"in attention alone: .* given (conv|linear_attention)"), CP.batch(CU_SEQLENS):
         model(**INPUTS)
 
 
@@ -164,7 +188,7 @@ def test_rope_that_follows_the_largest_position_is_refused_where_ranks_would_dis
 def test_in_debug_mode_all_ranks_raise_where_one_calls_the_model_wrongly() -> None:
     """Before any attention has compared its call."""
     first, refusing = run_ranks(refusals_on_rank, 2, timeout=60)
-    assert len(refusing) == 4
+    assert len(refusing) == 5
     for name, said in refusing.items():
         assert said != "nothing", name
         assert "given one by rank 1" not in said, "its own reason"
@@ -178,9 +202,9 @@ def test_a_mask_belongs_to_the_batch_that_it_was_made_in() -> None:
         inside = make_mask(1, 4, 4)
         expected, _ = attention_forward(layer, q, k, k, inside)
     outside = make_mask(1, 4, 4)
-    with CP.batch([0, 4]), pytest.raises(InvalidInput, match="made in"):
+    with pytest.raises(InvalidInput, match="made in"), CP.batch([0, 4]):
         attention_forward(layer, q, k, k, outside)
-    with CP.batch([0, 4]), pytest.raises(InvalidInput, match="made in"):
+    with pytest.raises(InvalidInput, match="made in"), CP.batch([0, 4]):
         attention_forward(layer, q, k, k, inside)
     # As in a checkpoint's recomputation, after the block has ended.
     assert torch.equal(attention_forward(layer, q, k, k, inside)[0], expected)

@@ -255,6 +255,10 @@ class ContextParallel:
         ranks and topology). Saves q, k, v, out and lse; `memory` says what is gathered. Under torch.compile it runs outside the graph.
         """
 
+        active = current_batch()
+        if active is not None:
+            active.attended += 1
+
         def checked() -> tuple[ShardedBatch, Call]:
             checks.qkv(q, k, v, packed=True)
             checks.sink_logits(sinks, q)
@@ -356,10 +360,16 @@ class ContextParallel:
         """Inside, models whose attention is Weft's attend under this batch; `current_batch()` says which.
 
         The block holds for the whole process, not for a thread. Run the backward inside too where activations are recomputed in
-        it (checkpointing).
+        it (checkpointing). What needs no model (`shard`, `attention`, the replay of a CUDA graph) needs no block.
+
+        A model under any other attention would see this rank's rows alone, without a word: a block that ends without an error and
+        in which nothing attended raises, on one rank as on many. Attention over ranks counts, of a model, of `attention` or in a
+        recomputation; what runs in a block within this one counts there. Of several models in a block, one is enough: give
+        "weft" to each (vision towers, whose rows are no tokens of the batch, keep their own attention).
 
         Raises:
-            InvalidInput, InvalidPlan: (both ValueError) bad cu_seqlens.
+            InvalidInput, InvalidPlan: (both ValueError) bad cu_seqlens; at the end of the block, where nothing attended in it, with
+                debug on all ranks.
         """
         # A copy: what the caller does to a tensor of his inside the block changes no batch.
         return _attended_under(ActiveBatch(self, self._batch(cu_seqlens).layout.cu_seqlens))
@@ -438,17 +448,19 @@ class ContextParallel:
         return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ActiveBatch:
     """The batch that models attend under.
 
     Attributes:
         parallel: over which ranks.
         cu_seqlens: (documents + 1,) int64 of the whole batch.
+        attended: calls of attention over ranks while it was the innermost.
     """
 
     parallel: ContextParallel
     cu_seqlens: Any
+    attended: int = 0
 
     @property
     def fewest_rows(self) -> int:
@@ -479,11 +491,20 @@ _active: list[ActiveBatch] = []
 
 @contextmanager
 def _attended_under(active: ActiveBatch) -> Iterator[ActiveBatch]:
+    before = active.attended
     _active.append(active)
     try:
         yield active
     finally:
         _active.remove(active)
+    # Not where the block ends by an error, which says more.
+    with active.refusing_together():
+        require(
+            active.attended > before,
+            "models inside a context-parallel batch attend through Weft",
+            expected="attn_implementation='weft', as model.set_attn_implementation('weft') sets it",
+            given="a block in which nothing attended over the ranks: under another attention a model sees its own rank's rows alone",
+        )
 
 
 def current_batch() -> ActiveBatch | None:
