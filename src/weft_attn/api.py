@@ -101,7 +101,8 @@ def varlen_attention(
 ) -> AttentionOutput:
     """Exact attention over packed documents: rows of document d see keys of document d.
 
-    Builds a `Plan` on each call. To reuse one over layers, build it once and call `plan_attention`.
+    Builds a `Plan` on each call. To reuse one over layers, build it once and call `plan_attention`. A compiled graph ends where the
+    plan is built; under fullgraph=True build it before the graph and call `plan_attention` in it.
 
     Args:
         q: (Tq, Hq, D), k: (Tk, Hkv, D), v: (Tk, Hkv, Dv), documents one after the other; dtypes and head dims as `attention`.

@@ -238,6 +238,15 @@ def test_a_compiled_model_gives_the_same() -> None:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_in_one_graph_is_refused_in_words_that_help() -> None:
+    torch._dynamo.reset()
+    model = decoder("llama")
+    model.set_attn_implementation("weft")
+    with pytest.raises(Exception, match=r"works outside of compiled graphs: expected torch\.compile without fullgraph=True"):
+        torch.compile(model, backend="eager", fullgraph=True)(tokens(1, 5))
+    torch._dynamo.reset()
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     model = decoder("qwen3")  # its norms leave queries and keys in float32
     ids = tokens(2, 9)

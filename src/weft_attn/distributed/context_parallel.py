@@ -24,6 +24,16 @@ from weft_attn.plan.layouts import layout_named
 from weft_attn.plan.slices import Plan
 
 _Checked = TypeVar("_Checked")
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _outside_of_graphs(method: _Method) -> _Method:
+    """`method` that no compiler looks into: index maps are built on the host, and collectives wait for one another."""
+    reason = (
+        "ContextParallel works outside of compiled graphs: expected torch.compile without fullgraph=True, or a call before the "
+        f"graph, given a call of {method.__name__} in one"
+    )
+    return torch.compiler.disable(method, reason=reason)
 
 
 class ContextParallel:
@@ -105,7 +115,6 @@ class ContextParallel:
         return f"ContextParallel(rank {self.rank} of {self.world_size}, layout={self.layout!r})"
 
     # ---- rows ---------------------------------------------------------------------------------------------------------
-    # Outside of compiled graphs, as `attention` is: index maps are built on the host, once a batch.
 
     @overload
     def shard(self, cu_seqlens: Any, x: torch.Tensor) -> torch.Tensor: ...
@@ -113,7 +122,7 @@ class ContextParallel:
     @overload
     def shard(self, cu_seqlens: Any, x: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def shard(self, cu_seqlens: Any, x: torch.Tensor | Mapping[str, torch.Tensor]) -> torch.Tensor | dict[str, torch.Tensor]:
         """The rows of a whole batch's tensor that this rank owns, in its packed order: document by document.
 
@@ -132,7 +141,7 @@ class ContextParallel:
             return {name: shard_rows(batch, _of_rows(value, name, batch.total)) for name, value in x.items()}
         return shard_rows(batch, _of_rows(x, "x", batch.total))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def unshard(self, cu_seqlens: Any, local: torch.Tensor) -> torch.Tensor:
         """The inverse of `shard` over the group: all ranks' rows, in the batch's own order, on every rank; collective.
 
@@ -166,7 +175,7 @@ class ContextParallel:
         )
         return local if self.world_size == 1 else unshard_rows(batch, local, self._ranks, self.grad_reduce_dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def position_ids(self, cu_seqlens: Any, *, device: torch.device | str | int | None = None) -> torch.Tensor:
         """(T_local,) int64: the place of each of this rank's rows inside its document.
 
@@ -176,7 +185,7 @@ class ContextParallel:
         """
         return self._batch(cu_seqlens).on(torch.device("cpu" if device is None else device), "positions").clone()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def shift_labels(self, cu_seqlens: Any, ids: torch.Tensor) -> torch.Tensor:
         """Next-token labels of this rank's rows, shifted in the whole batch, before it is cut.
 
@@ -199,6 +208,7 @@ class ContextParallel:
 
     # ---- attention ----------------------------------------------------------------------------------------------------
 
+    @_outside_of_graphs
     def plan(self, cu_seqlens: Any, *, causal: bool = True, window: Window | None = None) -> Plan:
         """Who this rank's rows attend to: keys of all ranks in rank order, rank r's from r times the largest rank's rows.
 
@@ -214,7 +224,7 @@ class ContextParallel:
         """
         return self._batch(cu_seqlens).plan(checks.flag(causal, "causal"), build.checked_window(window))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def attention(
         self,
         q: torch.Tensor,
@@ -317,6 +327,7 @@ class ContextParallel:
         out, lse = gathered_attention(q, k, v, None if sinks is None else sinks.to(torch.float32), call)
         return (out, lse) if return_lse else out
 
+    @_outside_of_graphs
     def memory(
         self,
         cu_seqlens: Any,
@@ -355,7 +366,7 @@ class ContextParallel:
 
     # ---- a batch that models attend under -----------------------------------------------------------------------------
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_outside_of_graphs
     def batch(self, cu_seqlens: Any) -> AbstractContextManager[ActiveBatch]:
         """Inside, models whose attention is Weft's attend under this batch; `current_batch()` says which.
 

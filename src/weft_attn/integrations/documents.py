@@ -15,6 +15,7 @@ from weft_attn.integrations.masks import Window
 from weft_attn.plan import Plan, build
 
 
+@build.host_work
 def documents_plan(
     cu_seqlens_q: Any, cu_seqlens_k: Any, max_seqlen_q: Any, max_seqlen_k: Any, causal: bool, window: Window
 ) -> Plan:
@@ -28,6 +29,7 @@ def documents_plan(
     return kept((cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k, causal, window), make)
 
 
+@build.host_work
 def paged_documents_plan(
     cu_seqlens_q: Any,
     cu_seqlens_k: Any,

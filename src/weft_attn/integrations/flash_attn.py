@@ -179,6 +179,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@build.host_work
 def flash_attn_with_kvcache(
     q: torch.Tensor,
     k_cache: torch.Tensor,

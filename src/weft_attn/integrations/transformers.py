@@ -39,6 +39,10 @@ from weft_attn.plan import Plan
 NAME = "weft"
 OLDEST = (5, 23)
 TESTED = "5.23 and 5.24"
+NO_WHOLE_GRAPH = (
+    "attn_implementation='weft' works outside of compiled graphs: "
+    "expected torch.compile without fullgraph=True, given one graph of a model"
+)
 
 # Keyword arguments that reach an attention and change nothing of it: what they say is in the mask, in the rotated queries and
 # keys, or belongs to other parts of the model.
@@ -84,7 +88,7 @@ def register() -> None:
 # ---- the mask -------------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=NO_WHOLE_GRAPH)  # type: ignore[untyped-decorator]
 def make_mask(
     batch_size: int,
     q_length: int,
@@ -134,7 +138,7 @@ def make_mask(
 # ---- the attention --------------------------------------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason=NO_WHOLE_GRAPH)  # type: ignore[untyped-decorator]
 def attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

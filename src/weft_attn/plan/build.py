@@ -7,9 +7,10 @@ arithmetic: no loop over documents.
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -20,11 +21,34 @@ from weft_attn.plan.layouts import Layout, layout_named
 
 IntArray = NDArray[np.int64]
 Built = tuple[IntArray, int, int]
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Farther than any two tokens of one tensor.
 UNBOUNDED = 2**40
 
 KV_ORDERS = ("rank", "sequence")
+
+
+# ---- compiled callers -----------------------------------------------------------------------------------------------------
+
+
+def host_work(work: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """`work` that no compiler looks into: a traced graph ends before it.
+
+    torch.compile would turn the array arithmetic that builds a plan into graphs of its own, one behind the other.
+    """
+
+    @functools.wraps(work)
+    def outside_of_graphs(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():
+            from weft_attn.plan.outside import run_outside
+
+            result: _Result = run_outside(work, *args, **kwargs)
+            return result
+        return work(*args, **kwargs)
+
+    return outside_of_graphs
 
 
 # ---- what callers pass ----------------------------------------------------------------------------------------------------

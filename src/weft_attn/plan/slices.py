@@ -256,6 +256,7 @@ class Plan:
     # ---- builders -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    @build.host_work
     def dense(
         cls,
         batch: int,
@@ -278,6 +279,7 @@ class Plan:
         return cls._from_table(*build.dense(batch, seqlen_q, seqlen_k, causal, window))
 
     @classmethod
+    @build.host_work
     def from_cu_seqlens(
         cls,
         cu_seqlens_q: Any,
@@ -299,6 +301,7 @@ class Plan:
         return cls._from_table(*build.packed(cu_seqlens_q, cu_seqlens_k, causal, window))
 
     @classmethod
+    @build.host_work
     def from_groups(
         cls,
         groups: Sequence[tuple[Any, Any]],
@@ -322,6 +325,7 @@ class Plan:
         return cls._from_table(*build.from_groups(groups, cu_seqlens_k, causal, window))
 
     @classmethod
+    @build.host_work
     def zigzag(
         cls,
         cu_seqlens: Any,
@@ -354,6 +358,7 @@ class Plan:
         return cls._from_table(*build.zigzag(cu_seqlens, rank, world_size, kv_order, rank_stride, causal, window))
 
     @classmethod
+    @build.host_work
     def sharded(
         cls,
         layout: str,
@@ -379,6 +384,7 @@ class Plan:
         return cls._from_table(*build.sharded(layout, cu_seqlens, rank, world_size, rank_stride, causal, window))
 
     @classmethod
+    @build.host_work
     def shared_prefix(cls, prompt_len: int, response_lens: Sequence[int]) -> Plan:
         """One prompt and n responses, packed [prompt, response 0, response 1, ...]: each response sees the prompt and itself.
 
@@ -392,6 +398,7 @@ class Plan:
         return cls._from_table(*build.shared_prefix(prompt_len, response_lens))
 
     @classmethod
+    @build.host_work
     def concat(cls, plans: Sequence[Plan]) -> Plan:
         """Plans side by side: the rows and keys of each follow those of the one before, and see nothing of the others."""
         for index, plan in enumerate(plans):
