@@ -148,9 +148,17 @@ def hybrid(name: str) -> Any:
     return made(lambda: transformers.AutoModelForCausalLM.from_config(config)).eval()
 
 
+OF_BERT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+
+
 def bert() -> Any:
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
-    return made(lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{name: SHARED[name] for name in names})).eval())
+    config = transformers.BertConfig(**{name: SHARED[name] for name in OF_BERT})
+    return made(lambda: transformers.BertForMaskedLM(config).eval())
+
+
+def bert_lm(is_decoder: bool) -> Any:
+    config = transformers.BertConfig(**{name: SHARED[name] for name in OF_BERT}, is_decoder=is_decoder)
+    return made(lambda: transformers.BertLMHeadModel(config).eval())
 
 
 def bart() -> Any:

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import HYBRIDS, SHARED, decoder, hybrid, refusals_on_rank, ropes_on_rank, step_in_one_process, steps_on_rank, tokens
+from models import (
+    HYBRIDS,
+    OF_BERT,
+    SHARED,
+    decoder,
+    hybrid,
+    refusals_on_rank,
+    ropes_on_rank,
+    step_in_one_process,
+    steps_on_rank,
+    tokens,
+)
 
 import weft_attn as weft
 from weft_attn.errors import InvalidInput, Unsupported, WeftError
@@ -93,8 +104,7 @@ def test_a_model_under_another_attention_does_not_pass_for_one_that_sees_all_ran
 
 def test_a_model_that_attends_in_its_own_way_is_noticed() -> None:
     """Some models of transformers take the name of any attention and attend as they always do."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
-    config = transformers.MegatronBertConfig(**{name: SHARED[name] for name in names}, is_decoder=True)
+    config = transformers.MegatronBertConfig(**{name: SHARED[name] for name in OF_BERT}, is_decoder=True)
     model = transformers.MegatronBertForCausalLM(config).eval()
     model.set_attn_implementation("weft")
     with pytest.raises(InvalidInput, match="nothing attended"), CP.batch(CU_SEQLENS):

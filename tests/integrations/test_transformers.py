@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DECODERS, assert_as_eager, bart, bert, decoder, qwen2_moe, run, tokens
+from models import DECODERS, assert_as_eager, bart, bert, bert_lm, decoder, qwen2_moe, run, tokens
 from transformers.masking_utils import chunked_causal_mask_function
 
 from weft_attn.errors import Unsupported
@@ -123,6 +123,25 @@ def test_generation_gives_eager_tokens(name: str, cache: str | None) -> None:
         found[attention] = output.sequences, torch.stack(output.logits)
     assert torch.equal(found["weft"][0], found["eager"][0])
     torch.testing.assert_close(found["weft"][1], found["eager"][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("is_decoder", [False, True], ids=["encoder", "decoder"])
+def test_a_language_model_on_an_encoder_generates_eager_tokens(is_decoder: bool, padded: bool) -> None:
+    """An encoder asks for the mask of its new tokens alone, and sees all that a cache holds where transformers makes none."""
+    model, ids = bert_lm(is_decoder), tokens(2, 7)
+    mask = padding("left", 2, 7) if padded else torch.ones_like(ids)
+    found = {}
+    for attention in ("eager", "weft"):
+        model.set_attn_implementation(attention)
+        settings = dict(max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        output = model.generate(ids, attention_mask=mask, **settings)
+        found[attention] = output.sequences, torch.stack(output.logits)
+        several = model(ids[:, :4], use_cache=True).past_key_values
+        found[attention] += (model(ids[:, 4:], past_key_values=several).logits,)
+    assert torch.equal(found["weft"][0], found["eager"][0])
+    for one, other in zip(found["weft"][1:], found["eager"][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_is_continued_by_several_tokens_at_once() -> None:

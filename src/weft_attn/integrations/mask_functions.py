@@ -35,6 +35,7 @@ class Asked:
         function: (batch, head, row, key) indices to visible or not, positions counted from 0.
         padding: (B, any) bool, False where the key at that position is padding; None: nowhere.
         needs_vmap: the function takes single indices only.
+        may_be_left_out: where it hides nothing, layers see all their keys.
         device: where transformers would make the mask.
     """
 
@@ -46,6 +47,7 @@ class Asked:
     function: Callable[..., Any]
     padding: torch.Tensor | None
     needs_vmap: bool = False
+    may_be_left_out: bool = False
     device: torch.device | str = "cpu"
 
 
@@ -171,7 +173,8 @@ def to_mask(asked: Asked) -> Mask:
     if pattern.packed is None and pattern.chunk is None and visible is None:
         plan = masks.band(asked.batch, asked.rows, asked.keys, shift, pattern.window)
         rule = PositionRule(None, pattern.window) if one_document else None
-        return Mask(plan, pattern.window, is_plain=True, positions=rule)
+        is_left_out = asked.may_be_left_out and pattern.window == (None, None)
+        return Mask(plan, pattern.window, is_plain=True, is_left_out=is_left_out, positions=rule)
     segments = _segments(pattern, asked)
     if not all(masks.are_segments(numbers) for numbers in segments):
         return Mask(_evaluated(asked), None)

@@ -25,6 +25,7 @@ class Mask:
         window: (left, right) keys around a row's position, None on a side: no bound. None as a whole: the mask was read cell by
             cell, and its window is in the plan.
         is_plain: whole sequences, no padding and no segments.
+        is_left_out: transformers would make no mask here: rows see all keys, however many their layer has.
         is_chunked: rows see keys of their own chunk of positions alone.
         batch: the context-parallel batch that was active. Kept here because a checkpointed layer runs again in the backward,
             perhaps in another thread and after the batch's scope.
@@ -34,6 +35,7 @@ class Mask:
     plan: Plan | None
     window: Window | None
     is_plain: bool = False
+    is_left_out: bool = False
     is_chunked: bool = False
     batch: ActiveBatch | None = None
     positions: PositionRule | None = None

@@ -103,7 +103,7 @@ def make_mask(
     # What other masks are made with: a size that the function already holds, skips that are not needed, a dtype.
     local_size: int | None = None,  # noqa: ARG001
     allow_is_causal_skip: bool = True,  # noqa: ARG001
-    allow_is_bidirectional_skip: bool = False,  # noqa: ARG001
+    allow_is_bidirectional_skip: bool = False,
     dtype: torch.dtype | None = None,  # noqa: ARG001
     config: Any = None,  # noqa: ARG001
     **unknown: Any,
@@ -116,6 +116,8 @@ def make_mask(
         mask_function: who sees whom, by (batch, head, row, key) indices; None: causal.
         attention_mask: (batch, tokens seen) bool, False where a token is padding.
         use_vmap: the function takes single indices only.
+        allow_is_bidirectional_skip: a mask that hides nothing may be left out: layers see all their keys, also those that a cache
+            holds beside the kv_length asked for.
 
     Returns:
         (batch, 1, q_length, kv_length), a `PlanMask`.
@@ -127,8 +129,17 @@ def make_mask(
     _refuse(unknown, "the mask")
     if mask_function is None:
         mask_function = importlib.import_module("transformers.masking_utils").causal_mask_function
+    offsets = int(q_offset), int(kv_offset)
     asked = Asked(
-        batch_size, q_length, kv_length, int(q_offset), int(kv_offset), mask_function, attention_mask, use_vmap, device
+        batch_size,
+        q_length,
+        kv_length,
+        *offsets,
+        function=mask_function,
+        padding=attention_mask,
+        needs_vmap=use_vmap,
+        may_be_left_out=allow_is_bidirectional_skip,
+        device=device,
     )
     batch = current_batch()
     mask = to_mask(asked) if batch is None else context_parallel.mask_of_batch(batch, asked)
@@ -253,7 +264,8 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, active: ActiveBatch | None) -> ActiveBatch | None:
     """The context-parallel batch that a mask was made in, after what the layer says beside it has been compared with it."""
     given = tuple(mask.shape)
-    require(given == (sizes[0], 1, *sizes[1:]), "queries and keys fit the mask", expected=given, given=sizes)
+    fits = (sizes[0], 1, sizes[1], given[3] if mask.mask.is_left_out else sizes[2])
+    require(given == fits, "queries and keys fit the mask", expected=given, given=sizes)
     window = mask.mask.window
     if sliding_window is not None and window is not None and window[0] is None and sizes[2] > sliding_window:
         raise InvalidInput(
@@ -304,7 +316,8 @@ def _plan(mask: torch.Tensor | None, sizes: Sizes, causal: bool, sliding_window:
         shown = mask.mask.positions
         plan = mask.mask.plan if shown is None or shown.packed is None else shown.packed
         assert plan is not None
-        return plan
+        # An encoder with a cache asks for the keys of its new tokens alone, where transformers makes no mask.
+        return masks.band(*sizes, 0, (None, None)) if mask.mask.is_left_out and keys != mask.shape[3] else plan
     if mask is not None:
         if flash.given:
             raise Unsupported("documents are in the mask or in cu_seq_lens: expected one of them, given both")
