@@ -297,10 +297,7 @@ def ropes_on_rank(rank: int, world_size: int, lengths: tuple[int, ...]) -> dict[
 
 
 def refusals_on_rank(rank: int, world_size: int) -> dict[str, str]:
-    """What a model says in debug mode, where rank 1 calls it wrongly: without positions, with others, with rows too few, with a cache.
-
-    And where rank 1 has given it another attention.
-    """
+    """What a model says in debug mode, where rank 1 alone calls it wrongly, or has given it another attention or dropout."""
     cp = weft.ContextParallel(debug=True)
     model = decoder("llama").eval()
     bounds = [0, 11, 20]
@@ -311,11 +308,19 @@ def refusals_on_rank(rank: int, world_size: int) -> dict[str, str]:
         "too few rows": dict(input_ids=ids[:, 1:], position_ids=positions[:, 1:]),
         "a cache": dict(use_cache=True),
         "another attention": {},
+        "dropout": {},
+        "weights": dict(output_attentions=True),
+        "an argument that nobody knows": dict(not_known=1),
+        "padding": dict(attention_mask=torch.zeros_like(ids)),
+        "a mask of its own": dict(attention_mask=torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)),
+        "documents of its own": dict(cu_seq_lens_q=torch.tensor([0, 3]), cu_seq_lens_k=torch.tensor([0, 3])),
     }
     told = {}
     for name, changes in wrong.items():
         given = dict(input_ids=ids, position_ids=positions, use_cache=False) | (changes if rank == 1 else {})
         model.set_attn_implementation("sdpa" if rank == 1 and name == "another attention" else "weft")
+        model.train(rank == 1 and name == "dropout")
+        model.model.layers[1].self_attn.attention_dropout = 0.1
         try:
             with torch.no_grad(), cp.batch(bounds):
                 model(**given)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,9 @@ def make_mask(
         Unsupported: a mask without band structure that is too large to be read cell by cell; an argument not known here; inside a
             context-parallel batch whatever that cannot serve.
     """
-    _refuse(unknown, "the mask")
+    batch = current_batch()
+    with _together(batch):
+        _refuse(unknown, "the mask")
     if mask_function is None:
         mask_function = importlib.import_module("transformers.masking_utils").causal_mask_function
     offsets = int(q_offset), int(kv_offset)
@@ -141,7 +143,6 @@ def make_mask(
         may_be_left_out=allow_is_bidirectional_skip,
         device=device,
     )
-    batch = current_batch()
     mask = to_mask(asked) if batch is None else context_parallel.mask_of_batch(batch, asked)
     return PlanMask.of(mask, (batch_size, 1, q_length, kv_length), device)
 
@@ -197,11 +198,8 @@ def attention_forward(
         Unsupported: dropout in training, attention weights, a position bias, and every argument not named here or in `HARMLESS`.
         InvalidInput: shapes, dtypes, or arguments that contradict the mask.
     """
-    _refuse({name: x for name, x in others.items() if name not in HARMLESS}, "the attention")
-    if output_attentions:
-        raise Unsupported("attention weights are never formed: expected output_attentions=False, given True")
-    if dropout and getattr(module, "training", True):
-        raise Unsupported(f"attention has no dropout: expected attention_dropout=0 in training, given {dropout}")
+    plan_mask = attention_mask if isinstance(attention_mask, PlanMask) else None
+    batch = active = current_batch()
     q, k, v = (x.transpose(1, 2) for x in _autocast(query, key, value))
     options: dict[str, Any] = {
         "softmax_scale": scaling,
@@ -212,12 +210,17 @@ def attention_forward(
     sizes = (q.shape[0], q.shape[1], k.shape[1])
     flash = PackedKwargs(cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    batch = current_batch()
-    if isinstance(attention_mask, PlanMask):
-        batch = _checked_batch(attention_mask, sizes, sliding_window, batch)
-    with nullcontext() if batch is None else batch.refusing_together():
-        if isinstance(attention_mask, PlanMask) and attention_mask.mask.positions is not None and not flash.given:
-            attention_mask.mask.positions.look(position_ids, sizes[0])
+    # A checkpoint's recomputation may run after the block, in which the mask still knows its batch.
+    with _together(plan_mask.mask.batch if active is None and plan_mask is not None else active):
+        _refuse({name: x for name, x in others.items() if name not in HARMLESS}, "the attention")
+        if output_attentions:
+            raise Unsupported("attention weights are never formed: expected output_attentions=False, given True")
+        if dropout and getattr(module, "training", True):
+            raise Unsupported(f"attention has no dropout: expected attention_dropout=0 in training, given {dropout}")
+        if plan_mask is not None:
+            batch = _checked_batch(plan_mask, sizes, sliding_window, active)
+            if plan_mask.mask.positions is not None and not flash.given:
+                plan_mask.mask.positions.look(position_ids, sizes[0])
         if batch is not None:
             _refuse_in_batch(batch, module, use_cache)
             window = _window_in_batch(attention_mask, causal, sliding_window, flash)
@@ -245,6 +248,11 @@ class PackedKwargs:
 
 
 Sizes = tuple[int, int, int]  # sequences, rows and keys of each
+
+
+def _together(batch: ActiveBatch | None) -> AbstractContextManager[None]:
+    """Where a refusal is all ranks' of a context-parallel batch, in debug mode: none may be left waiting in its attention."""
+    return nullcontext() if batch is None else batch.refusing_together()
 
 
 def _refuse(unknown: dict[str, Any], owner: str) -> None:
