@@ -181,6 +181,16 @@ def test_layers_that_mix_rows_by_themselves_are_refused(name: str) -> None:
         model(**INPUTS)
 
 
+def test_positions_that_do_not_begin_at_0_are_refused() -> None:
+    """RoBERTa embeds its first token's position as pad_token_id + 1, and is given 0."""
+    config = transformers.RobertaConfig(**{name: SHARED[name] for name in OF_BERT}, is_decoder=True)
+    model = transformers.RobertaForCausalLM(config).eval()
+    model.set_attn_implementation("weft")
+    model(**INPUTS)
+    with pytest.raises(Unsupported, match=r"positions from 0: .* given roberta"), CP.batch(CU_SEQLENS):
+        model(**INPUTS)
+
+
 def test_rope_that_follows_the_largest_position_is_refused_where_ranks_would_disagree() -> None:
     """Each rank is given its own rows' positions alone."""
     first, second = run_ranks(ropes_on_rank, 2, (16, 20))

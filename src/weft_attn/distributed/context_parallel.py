@@ -513,8 +513,9 @@ def _attended_under(active: ActiveBatch) -> Iterator[ActiveBatch]:
         require(
             active.attended > before,
             "models inside a context-parallel batch attend through Weft",
-            expected="attn_implementation='weft', as model.set_attn_implementation('weft') sets it",
-            given="a block in which nothing attended over the ranks: under another attention a model sees its own rank's rows alone",
+            expected="attn_implementation='weft' (model.set_attn_implementation('weft')) of a model that takes it",
+            given="a block in which nothing attended over the ranks: under any other attention, or its own where it takes none "
+            "(Bloom, Falcon, MPT, ...), a model sees this rank's rows alone",
         )
 
 

@@ -37,6 +37,28 @@ def refuse_layers_that_mix_rows(config: Any) -> None:
         )
 
 
+# Models whose embedding of positions begins behind the padding token's number, by the names of their configs.
+POSITIONS_BEHIND_PADDING = frozenset(
+    ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+)
+
+
+def refuse_positions_that_begin_elsewhere(config: Any) -> None:
+    """Refuse a model that counts positions from another number than 0.
+
+    The batch's positions begin at 0 in each document, so such a model would embed other ones than it does without a word.
+
+    Raises:
+        Unsupported: naming the kind of model.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind in POSITIONS_BEHIND_PADDING:
+        raise Unsupported(
+            "models inside a context-parallel batch count positions from 0: "
+            f"expected none of {', '.join(sorted(POSITIONS_BEHIND_PADDING))}, which begin at pad_token_id + 1, given {kind}"
+        )
+
+
 # RoPE whose frequencies follow the largest position that a call sees, and after how many positions they begin to.
 ROPE_OF_THE_LARGEST_POSITION = {
     "longrope": ("original_max_position_embeddings",),

@@ -290,6 +290,7 @@ def _refuse_in_batch(batch: ActiveBatch, module: Any, use_cache: bool | None) ->
     """Refuse what a model does that a context-parallel batch has no place for."""
     config = getattr(module, "config", None)
     context_parallel.refuse_layers_that_mix_rows(config)
+    context_parallel.refuse_positions_that_begin_elsewhere(config)
     if batch.parallel.world_size > 1:
         context_parallel.refuse_rope_that_ranks_disagree_on(config, batch.longest_document)
     # In training nobody reads the cache that a model fills unless told not to.
