@@ -10,6 +10,9 @@ gradients are asked for). It is what CPU tensors run, and what every kernel is c
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -68,13 +71,19 @@ def reference_attention(
         for first in range(start, stop, step):
             last = min(stop, first + step)
             mask = torch.from_numpy(_block_mask(seen, first, last)).to(q.device)
-            out, lse = _attend(qc[first:last], k_seen, v_seen, mask, scale, softcap, sinks, stats)
+            with _without_autocast(q.device):
+                out, lse = _attend(qc[first:last], k_seen, v_seen, mask, scale, softcap, sinks, stats)
             outs.append(out)
             lses.append(lse)
     if not outs:
         empty = qc.new_zeros(0, heads, v.shape[2])
         return empty.to(q.dtype), torch.zeros(heads, 0, dtype=stats, device=q.device)
     return torch.cat(outs).to(q.dtype), torch.cat(lses, dim=1)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Arithmetic in the dtype of its operands: autocast would round the products' to its own."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def _block_mask(seen: np.ndarray, first: int, last: int) -> np.ndarray:
@@ -144,7 +153,7 @@ def reference_gradients(
     """
     # inference_mode(False) also brings autograd back where a compiled graph has switched it off around the operator; the copies
     # make ordinary tensors of inference tensors.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _without_autocast(q.device):
         own_q, own_k, own_v = (x.detach().to(torch.float32, copy=True).requires_grad_() for x in (q, k, v))
         own_sinks = None if sinks is None else sinks.detach().to(torch.float32, copy=True).requires_grad_()
         out, lse = reference_attention(own_q, own_k, own_v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=own_sinks)

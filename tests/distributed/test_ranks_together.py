@@ -357,6 +357,23 @@ def left_alone(rank: int, world_size: int) -> str:
     return told
 
 
+def second_derivatives(rank: int, world_size: int) -> list[str]:
+    """What a penalty on a gradient is told, also where it is only a part of the loss; and that the first derivative is the same."""
+    cp, told = CASE.parallel(), []
+    leaves = local_tensors(cp)
+    plain = torch.autograd.grad(attention(cp, *leaves).sum(), leaves)
+    out = attention(cp, *leaves)
+    first = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+    assert all(torch.equal(one, other) for one, other in zip(first, plain, strict=True))
+    for loss in (first[0].square().sum(), out.sum() + first[1].square().sum()):
+        try:
+            loss.backward(retain_graph=True)
+            told.append("nothing")
+        except weft.Unsupported as error:
+            told.append(str(error))
+    return told
+
+
 QUESTIONS: dict[str, Callable[[int, int], Any]] = {
     f.__name__: f
     for f in (
@@ -370,6 +387,7 @@ QUESTIONS: dict[str, Callable[[int, int], Any]] = {
         groups_of_ranks,
         disagreements,
         evaluated_under_a_cap,
+        second_derivatives,
         left_alone,
     )
 }
@@ -459,6 +477,14 @@ def test_in_debug_mode_all_ranks_are_told_that_one_refuses(case: str, rule: str,
 
 def test_without_debug_mode_no_rank_waits_longer_than_the_groups_timeout(answers: list[dict[str, Any]]) -> None:
     assert [answer["left_alone"] for answer in answers] == ["RuntimeError", "InvalidInput", "RuntimeError"]
+
+
+def test_a_second_derivative_is_refused_and_not_left_out(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert (
+            answer["second_derivatives"]
+            == ["attention is differentiated once: expected a first derivative, given a second one"] * 2
+        )
 
 
 def test_what_training_takes_is_enough_for_a_call_without_gradients(answers: list[dict[str, Any]]) -> None:

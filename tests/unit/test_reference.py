@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import weft_attn as weft
 from weft_attn import Plan, Slice
 from weft_attn import reference as reference_module
-from weft_attn.reference import reference_attention
+from weft_attn.reference import reference_attention, reference_gradients
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import (
     assert_close_to_oracle,
@@ -134,6 +135,26 @@ def test_a_sink_of_minus_infinity_is_no_sink() -> None:
     out, lse = reference_attention(x.q, x.k, x.v, plan, sinks=torch.full((2,), -math.inf))
     assert torch.equal(out, without[0])
     assert torch.equal(lse, without[1])
+
+
+def test_autocast_does_not_touch_the_arithmetic() -> None:
+    """Its products would be bf16's: CPU tensors run the reference, also inside a mixed-precision step."""
+    plan = Plan.from_cu_seqlens([0, 5, 12], [0, 5, 12], causal=True)
+    x = make_inputs(Case(heads=4, kv_heads=2), plan)
+    leaves = [x.q, x.k, x.v]
+
+    def everything() -> list[torch.Tensor]:
+        out, lse = reference_attention(*leaves, plan)
+        grads = reference_gradients(out, None, *leaves, plan, softmax_scale=0.3, softcap=0.0, sinks=None)
+        dense = weft.varlen_attention(*(t.clone().requires_grad_() for t in leaves), [0, 5, 12], [0, 5, 12])
+        return [out, lse, *grads[:3], dense]
+
+    expected = everything()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = everything()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_the_reference_computes_in_the_dtype_it_is_asked_for() -> None:

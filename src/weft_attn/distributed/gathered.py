@@ -19,13 +19,13 @@ what is queued after its `wait` starts after it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from weft_attn.distributed.collectives import Pending, Ranks
 from weft_attn.distributed.groups import Groups, Pass
+from weft_attn.errors import Unsupported
 from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.plan.slices import Plan
 
@@ -223,8 +223,17 @@ class _GatheredAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            grads = _GatheredAttention._gradients(ctx, dout, dlse)
+        # With gradients enabled (create_graph=True) a second derivative may follow.
+        if not torch.is_grad_enabled():
+            return grads
+        found: tuple[torch.Tensor | None, ...] = _Once.apply(torch.empty(0, requires_grad=True), *grads)  # type: ignore[no-untyped-call]
+        return found
+
+    @staticmethod
+    def _gradients(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         q, k, v, sinks, out, lse, *kept = ctx.saved_tensors
         call: Call = ctx.call
         needs_q, needs_k, needs_v, needs_sinks, _ = ctx.needs_input_grad
@@ -270,6 +279,24 @@ class _GatheredAttention(torch.autograd.Function):
             dsinks,
             None,
         )
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which cannot be differentiated again.
+
+    PyTorch's own `once_differentiable` says so only where the incoming gradients carry a graph; it would leave a penalty on a
+    gradient of q, k or v out without a word.
+
+    Args of `apply`: a tensor that requires a gradient, so that the results do; the gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, _asks: torch.Tensor, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # noqa: ARG004
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor | None) -> NoReturn:  # noqa: ARG004
+        raise Unsupported("attention is differentiated once: expected a first derivative, given a second one")
 
 
 def query_heads(kv_heads: slice, share: int) -> slice:
