@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,6 +142,16 @@ def test_positions_are_looked_at_by_the_layers_of_a_model_that_does_not_show_the
             model(IDS, use_cache=False)
         with pytest.raises(Unsupported, match="use_cache"):
             model(**{**INPUTS, "use_cache": True})
+
+
+def test_positions_are_compared_on_the_host_wherever_new_tensors_lie() -> None:
+    q, k, layer = torch.randn(1, 4, 9, 16), torch.randn(1, 2, 9, 16), SimpleNamespace(training=False)
+    for cu_seqlens, refusal in (
+        ([0, 9], nullcontext()),
+        ([0, 4, 9], pytest.raises(InvalidInput, match="none that its layers show")),
+    ):
+        with refusal, CP.batch(cu_seqlens), torch.device("meta"):
+            attention_forward(layer, q, k, k, make_mask(1, 9, 9, device="cpu"))
 
 
 def test_a_model_in_training_may_fill_a_cache_that_it_drops(llama: Any) -> None:

@@ -62,7 +62,7 @@ class PositionRule:
     @staticmethod
     def _look_in_batch(expected: torch.Tensor, positions: torch.Tensor | None) -> None:
         if positions is None:
-            given = torch.arange(len(expected)) + (expected[:1] if len(expected) else 0)
+            given = torch.arange(len(expected), device="cpu") + (expected[:1] if len(expected) else 0)
         else:
             given = positions.reshape(-1).cpu()
         if not torch.equal(given, expected.to(given.dtype)):
