@@ -251,6 +251,36 @@ def test_a_copy_is_on_the_same_ranks_and_a_pickle_is_refused_in_words() -> None:
         assert whole == list(range(20))
 
 
+# In a rank's process this module is loaded before there is a process group.
+EARLY = weft.ContextParallel()
+
+
+def made_too_early(rank: int, world_size: int) -> list[str]:
+    """What each use is told that would take this rank for the only one; a group of one rank is no such thing."""
+    x = torch.randn(10, 2, 16)
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    weft.ContextParallel(alone).attention(x, x, x, [0, 10])
+    uses: list[Callable[[], object]] = [
+        lambda: EARLY.shard([0, 10], x),
+        lambda: EARLY.attention(x, x, x, [0, 10]),
+        lambda: EARLY.unshard([0, 10], x),
+        lambda: EARLY.batch([0, 10]),
+    ]
+    told = []
+    for use in uses:
+        with pytest.raises(weft.InvalidInput) as raised:
+            use()
+        told.append(str(raised.value))
+    return told
+
+
+def test_one_that_was_made_before_the_group_does_not_take_its_rank_for_the_only_one() -> None:
+    for told in run_ranks(made_too_early, 2):
+        assert len(told) == 4
+        assert all("made after init_process_group: expected one of the 2 ranks" in one for one in told)
+    assert EARLY.shard([0, 10], torch.arange(10)).tolist() == list(range(10))
+
+
 # ---- groups ---------------------------------------------------------------------------------------------------------------
 
 

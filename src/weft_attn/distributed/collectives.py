@@ -85,6 +85,20 @@ class Ranks:
             raise InvalidInput("this process is part of the group: expected one of its ranks, given another process")
         return cls(group, rank, dist.get_world_size(group))
 
+    def require_current(self) -> None:
+        """Refuse ranks that were counted before there was a process group: each process would take itself for the only one.
+
+        Raises:
+            InvalidInput: there is a default group of several ranks now.
+        """
+        if self.group is None and dist.is_available() and dist.is_initialized():
+            require(
+                dist.get_world_size() == 1,
+                "a ContextParallel is made after init_process_group",
+                expected=f"one of the {dist.get_world_size()} ranks, or of a group of this process alone",
+                given="one of a single rank that was made before",
+            )
+
     @property
     def control_device(self) -> torch.device:
         """Where the group exchanges small tensors that belong to no device: the CPU if it can, else this process's GPU."""

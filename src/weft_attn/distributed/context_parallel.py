@@ -46,7 +46,7 @@ class ContextParallel:
 
     Args:
         group: a `torch.distributed` process group or one dimension of a device mesh (`mesh["cp"]`). None: the default group,
-            or one rank where there is none.
+            or one rank where there is none, as long as there is none.
         layout: which rows a rank owns of each document of L tokens, W ranks. "zigzag": chunks r and 2W-1-r of 2W equal ones,
             which balances causal work; "contiguous": rows [r*L // W, (r+1)*L // W); "striped": rows r, r + W, r + 2W, ...
         max_gather_bytes: the most that gathered keys and values and their gradients take at a time (see `memory`), and so how
@@ -392,6 +392,7 @@ class ContextParallel:
         require(
             on_host, "cu_seqlens lies on the host", expected="a list, a numpy array or a CPU tensor", given="a device tensor"
         )
+        self._ranks.require_current()
         return sharded_batch(self.layout, build.host_cu_seqlens(cu_seqlens).tobytes(), self.rank, self.world_size)
 
     def _memory(
