@@ -46,7 +46,10 @@ def test_for_a_target_it_names_every_kernel_its_numbers_and_their_source(arch: s
 
 def test_it_says_which_kernels_compute_the_gradients(capsys: pytest.CaptureFixture[str]) -> None:
     long = said(capsys, "--arch", "sm_90", "--rows", "16384", "--keys", "16384")
-    assert "backward: hopper_backward and finish_dq; hopper_backward_dkdv and hopper_backward_dq for deterministic=True" in long
+    assert (
+        "backward: hopper_backward and finish_dq, for deterministic=True with programs that add in turn where that pays;"
+        in long
+    )
     short = said(capsys, "--arch", "sm_90", "--rows", "256", "--keys", "256")
     assert "backward: hopper_backward_dkdv and hopper_backward_dq; deterministic" in short
     assert "finish_dq" not in short

@@ -14,6 +14,7 @@ from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
+from weft_attn.plan import in_turn
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
 
@@ -25,6 +26,12 @@ MAIN = Case(size=301, heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16)
 def _on_hopper() -> None:
     if not device_of(DEVICE).has_hopper_kernels:
         pytest.skip("Hopper's kernels run on sm_90")
+
+
+@pytest.fixture(autouse=True)
+def _in_turn_however_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernel of all gradients is overridden, a deterministic backward has its programs add in turn."""
+    monkeypatch.setattr(in_turn, "TILES_PER_TURN", 0)
 
 
 def rows_of(case: Case, *, deterministic: bool = False, keys: float | None = None, alone: bool = False) -> list[LaunchConfig]:
@@ -47,12 +54,13 @@ def rows_of(case: Case, *, deterministic: bool = False, keys: float | None = Non
 
 
 def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) -> None:
-    """Match the oracle with the kernel of all gradients, and with those of each, which are deterministic; those in pairs, and alone."""
+    """Match the oracle with the kernel of all gradients, as its programs come and in turn, and with those of each; in pairs, and alone."""
     plan = plan or case.make_plan()
     inputs = make_inputs(case, plan, DEVICE)
     given = inputs.poisoned(plan) if poison else inputs
-    rows = [rows_of(case), rows_of(case, deterministic=True), rows_of(case, deterministic=True, keys=math.inf, alone=True)]
-    for deterministic, configs in zip((False, True, True), rows, strict=True):
+    fused, apart = rows_of(case), rows_of(case, deterministic=True)
+    rows = [fused, fused, apart, rows_of(case, deterministic=True, keys=math.inf, alone=True)]
+    for deterministic, configs in zip((False, True, True, True), rows, strict=True):
         attention = partial(weft.plan_attention, plan=plan, return_lse=True, deterministic=deterministic, **case.options)
         with override(*configs):
             found = evaluate(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), given)  # type: ignore[arg-type] # noqa: B023
@@ -195,13 +203,14 @@ def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit(alone: bool
     assert int(differing) == 0
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_a_thousand_runs_are_equal_to_the_bit(alone: bool) -> None:
-    case = replace(MAIN, plan="packed", sinks=True)
+@pytest.mark.parametrize(("dim", "how"), [(128, "in turn"), (64, "in turn"), (128, "in pairs"), (128, "alone")])
+def test_a_thousand_runs_are_equal_to_the_bit(dim: int, how: str) -> None:
+    case = replace(MAIN, plan="packed", sinks=True, head_dim=dim)
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
+    configs = rows_of(case) if how == "in turn" else rows_of(case, deterministic=True, alone=how == "alone")
     attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, deterministic=True, return_lse=True)  # noqa: E731
-    with override(*rows_of(case, deterministic=True, alone=alone)):
+    with override(*configs):
         first = evaluate(attention, x)  # type: ignore[arg-type]
         differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
         for _ in range(1000):
@@ -227,6 +236,32 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: in
     for _ in range(30):
         for one, other in zip(run(), first, strict=True):
             differing += (one != other).sum()
+    assert int(differing) == 0
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        weft.Plan.dense(1, 8192, 8192, causal=True),
+        weft.Plan.dense(1, 8192, 8192),
+        weft.Plan.dense(1, 8192, 8192, causal=True, window=1000),
+        weft.Plan.from_cu_seqlens([0, 3001, 8192], [0, 3001, 8192], causal=True),
+    ],
+    ids=["causal", "full", "window", "two documents"],
+)
+def test_programs_in_turn_add_in_the_same_order_every_time(plan: weft.Plan) -> None:
+    """Many rounds of the grid, up and down, where programs wait for each other; without turns these gradients differ."""
+    case = replace(MAIN, heads=32, kv_heads=8)
+    x = make_inputs(case, plan, DEVICE)
+    attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, deterministic=True, return_lse=True)  # noqa: E731
+    with override(*rows_of(case)):
+        first = evaluate(attention, x)  # type: ignore[arg-type]
+        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+        for _ in range(30):
+            for (_, one), (_, other) in zip(evaluate(attention, x).items(), first.items(), strict=True):  # type: ignore[arg-type]
+                differing += (one != other).sum()
+        free = weft.plan_attention(x.q, x.k, x.v, plan, deterministic=False)
+        assert torch.equal(free, first.out)
     assert int(differing) == 0
 
 

@@ -57,6 +57,7 @@ class Variant:
         source: the table whose row this is.
         few_rows: the forward's keys are split and query heads share a tile.
         all_features: softcap, sinks, a gradient of lse, float32 dK and dV: whatever the kernel knows of these.
+        in_turn: programs add to dQ in turn.
     """
 
     arch: str
@@ -67,6 +68,7 @@ class Variant:
     dtype: torch.dtype
     few_rows: bool
     all_features: bool
+    in_turn: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -74,7 +76,7 @@ class Variant:
 
     def __str__(self) -> str:
         parts = [str(self.dtype).removeprefix("torch."), f"D={self.head_dim}"]
-        parts += ["few rows"] * self.few_rows + ["all features"] * self.all_features
+        parts += ["few rows"] * self.few_rows + ["all features"] * self.all_features + ["in turn"] * self.in_turn
         return " ".join(parts)
 
 
@@ -212,7 +214,10 @@ def _if_it_fits(
     if isinstance(config, StreamConfig) and config.use_tma and not tma_usable(problem, device):
         config = replace(config, use_tma=False)
     if not shortfall(config, problem.shape, device):
-        yield Variant(device.arch, config.kernel, source, config, head_dim, dtype, few_rows, all_features)
+        variant = Variant(device.arch, config.kernel, source, config, head_dim, dtype, few_rows, all_features)
+        yield variant
+        if isinstance(config, HopperBackwardConfig) and config.in_turn:
+            yield replace(variant, in_turn=True)
 
 
 def call_of(variant: Variant) -> KernelCall:
@@ -278,12 +283,15 @@ def call_of(variant: Variant) -> KernelCall:
             delta=statistics,
             lse_log2=statistics,
             dq_sum=dq_sum if has_all else None,
+            turns=table if has_all else None,
             config=config,
         )
     if isinstance(config, FinishDqConfig):
         return finish_dq_call(dq_sum=dq_sum, dq=rows, softmax_scale=dim**-0.5, config=config)
     if isinstance(config, HopperConfig):
-        return _hopper_call(config, rows, keys, sinks, statistics, gradient, dq_sum, empty(2, dtype=torch.int32), backward)
+        counter = empty(2, dtype=torch.int32)
+        turns = dict(turns=counter, afters=counter) if variant.in_turn else {}
+        return _hopper_call(config, rows, keys, sinks, statistics, gradient, dq_sum, counter, backward, turns)
     if config.kernel == "backward_dkdv":
         return backward_dkdv_call(dk=gradient, dv=gradient, **backward)
     return backward_dq_call(dq=rows, **backward)
@@ -299,6 +307,7 @@ def _hopper_call(
     dq_sum: torch.Tensor,
     counter: torch.Tensor,
     backward: dict[str, Any],
+    turns: dict[str, Any],
 ) -> KernelCall:
     from weft_attn.kernels.hopper.backward import hopper_backward_call
     from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
@@ -311,7 +320,7 @@ def _hopper_call(
         return hopper_forward_call(q=rows, k=keys, v=keys, sinks=sinks, out=rows, lse=statistics, **grid, **stream)
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
         summed = dq_sum if isinstance(config, HopperBackwardConfig) else None
-        return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, last_heads=1, **grid, **backward)
+        return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, last_heads=1, **turns, **grid, **backward)
     return hopper_backward_dq_call(dq=rows, **grid, **backward)
 
 

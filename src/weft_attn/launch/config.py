@@ -204,13 +204,15 @@ class HopperForwardConfig(PairedConfig):
 class HopperBackwardConfig(HopperConfig):
     """All gradients on Hopper in one kernel, which is not deterministic: `block_k` keys against query tiles of `block_q`.
 
-    block_k is 128, 64 for each of two consumers; for head dims above WIDEST_PAIR it is 64, which three consumers share.
+    block_k is 128, 64 for each of two consumers; for head dims above WIDEST_PAIR it is 64, which three consumers share. in_turn: where a
+    deterministic backward is asked for, two consumers' programs add to dQ in turn (ADR 24).
     """
 
     kernel: ClassVar[str] = "hopper_backward"
 
     block_q: int
     block_k: int = 128
+    in_turn: bool = False
 
     @property
     def cut(self) -> tuple[int, int]:

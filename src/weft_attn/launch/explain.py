@@ -21,6 +21,7 @@ from weft_attn.launch.select import (
     select,
     select_backward,
     select_first,
+    select_in_turn,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward
 from weft_attn.plan.slices import Plan
@@ -77,6 +78,7 @@ class Explanation:
         parts: items that those tiles are split into, together.
         kernels: what each kernel runs with.
         is_fused: without `deterministic`, one kernel computes all gradients.
+        takes_turns: with it, that one does too where the plan lets its programs take turns.
     """
 
     device: Device
@@ -86,6 +88,7 @@ class Explanation:
     parts: int
     kernels: tuple[KernelChoice, ...]
     is_fused: bool
+    takes_turns: bool
 
     @property
     def cut_in_words(self) -> str:
@@ -105,7 +108,12 @@ class Explanation:
         pair = " and ".join(each.kernel for each in self.kernels if each.kernel in (*DKDV_KERNELS, *DQ_KERNELS))
         if not self.is_fused:
             return f"backward: {pair}; deterministic"
-        return f"backward: {FUSED_KERNEL} and finish_dq; {pair} for deterministic=True, or where only some gradients are wanted"
+        if not self.takes_turns:
+            return f"backward: {FUSED_KERNEL} and finish_dq; {pair} for deterministic=True, or where only some gradients are wanted"
+        return (
+            f"backward: {FUSED_KERNEL} and finish_dq, for deterministic=True with programs that add in turn where that pays; "
+            f"{pair} where it does not, or only some gradients are wanted"
+        )
 
 
 def inspect_machine() -> Machine:
@@ -145,6 +153,7 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
     stream = host_stream(plan, cut.tiling)
     choices = [cut.choice, *(select_first(kernels, problem, device) for kernels in OTHER_KERNELS)]
     fused, *others = select_backward(problem, device, deterministic=False)
+    takes_turns = not others and select_in_turn(problem, device) is not None
     if not others:
         choices += [fused, select("finish_dq", problem, device)]
     kernels = tuple(
@@ -156,7 +165,7 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
         )
         for choice in choices
     )
-    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, is_fused=not others)
+    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, not others, takes_turns)
 
 
 def numbers(config: LaunchConfig, *, brief: bool = False) -> str:

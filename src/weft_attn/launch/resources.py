@@ -160,6 +160,8 @@ def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
         return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
+    if isinstance(config, HopperBackwardConfig) and config.in_turn and is_wide(shape):
+        return f"expected in_turn for head dims up to {WIDEST_PAIR} only, given it at {shape.head_dim}"
     if isinstance(config, HopperConfig):
         threads = 32 * config.num_warps * (1 + (3 if _has_three_consumers(config, shape) else 2))
         if threads * config.max_registers > REGISTER_FILE:

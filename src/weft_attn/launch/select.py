@@ -20,6 +20,7 @@ from typing import Any
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import (
     CONFIGS,
+    HopperBackwardConfig,
     HopperConfig,
     InvalidConfig,
     LaunchConfig,
@@ -223,6 +224,16 @@ def select_fused(problem: Problem, device: Device) -> Choice | None:
     if any(kernel in _overrides for kernel in (*DKDV_KERNELS, *DQ_KERNELS)):
         return None
     return _search_tables(FUSED_KERNEL, problem, device)[0]
+
+
+def select_in_turn(problem: Problem, device: Device) -> Choice | None:
+    """The config of the kernel that computes all gradients with programs that add in turn, deterministic; None: there is none.
+
+    Raises:
+        InvalidConfig: as `select_fused`.
+    """
+    choice = select_fused(problem, device)
+    return choice if choice and isinstance(choice.config, HopperBackwardConfig) and choice.config.in_turn else None
 
 
 def select_backward(problem: Problem, device: Device, *, deterministic: bool) -> tuple[Choice, ...]:

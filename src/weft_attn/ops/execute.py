@@ -16,7 +16,7 @@ import torch
 
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import HopperBackwardDqConfig, HopperConfig, HopperForwardConfig, StreamConfig
-from weft_attn.launch.device import device_of
+from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.select import (
     DKDV_KERNELS,
     DQ_KERNELS,
@@ -26,9 +26,10 @@ from weft_attn.launch.select import (
     select,
     select_backward,
     select_first,
+    select_in_turn,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
-from weft_attn.ops.recipes import Counter, Recipe, Step, Tensors, run_recipe
+from weft_attn.ops.recipes import Counter, Recipe, Scratch, Step, Tensors, run_recipe
 from weft_attn.plan.in_step import Grid
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -180,10 +181,10 @@ def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: flo
     cut, stream = prepared.cut, prepared.stream
     if isinstance(cut.config, HopperForwardConfig):
         return _hopper_forward_recipe(prepared, device_of(q.device).multiprocessors, softmax_scale, softcap)
-    scratch: dict[str, tuple[int, ...]] = {}
+    scratch: dict[str, Scratch] = {}
     if stream.slots:
         rows = (stream.slots, q.shape[1] // cut.pack, cut.config.block_q)
-        scratch = dict(partial_out=(*rows, v.shape[2]), partial_lse=rows)
+        scratch = dict(partial_out=Scratch((*rows, v.shape[2])), partial_lse=Scratch(rows))
 
     def attend(t: Any) -> KernelCall:
         return forward_call(
@@ -262,10 +263,13 @@ class PreparedBackward:
     stream: DeviceStream
     wave: int
     last_heads: int = 0
+    in_turn: bool = False
 
 
-def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> PreparedBackward:
-    """As `prepare_forward`, for a kernel that was chosen."""
+def prepare_backward(
+    choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_turn: bool = False
+) -> PreparedBackward:
+    """As `prepare_forward`, for a kernel that was chosen; `in_turn`: a fused one, whose programs add in turn if the plan lets them."""
     config = choice.config
     assert isinstance(config, StreamConfig | HopperConfig)
     group = q.shape[1] // k.shape[1]
@@ -274,11 +278,12 @@ def prepare_backward(choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tenso
         stream = device_stream(plan, Tiling(*config.cut), q.device)
         return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group)
     is_fused = config.kernel == FUSED_KERNEL
-    tiling = Tiling(*config.cut, transposed=True, masks_ragged=is_fused)
+    tiling = Tiling(*config.cut, transposed=True, masks_ragged=is_fused, in_turn=group if in_turn else 0)
     if isinstance(config, HopperConfig):
         multiprocessors = device_of(q.device).multiprocessors
         stream = device_stream(plan, replace(tiling, grid=Grid(multiprocessors, k.shape[1])), q.device)
-        return PreparedBackward(config, stream, stream.heads_per_wave, last_heads(stream, multiprocessors, k.shape[1]))
+        late = last_heads(stream, multiprocessors, k.shape[1])
+        return PreparedBackward(config, stream, stream.heads_per_wave, late, len(stream.afters) > 0)
     stream = device_stream(plan, tiling, q.device)
     return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]))
 
@@ -353,31 +358,49 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             delta=t["delta"],
             lse_log2=t["lse_log2"],
             dq_sum=t.get("dq_sum"),
+            turns=t.get("turns"),
             config=delta_config,
         )
 
     wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
     if wants_dkdv and wants_dq:
-        chosen = select_backward(problem, device, deterministic=deterministic)
+        prepared = _prepare_all(plan, problem, device, deterministic, q, k, v)
     else:
         wanted = [kernels for kernels, wants in ((DKDV_KERNELS, wants_dkdv), (DQ_KERNELS, wants_dq)) if wants]
-        chosen = tuple(select_first(kernels, problem, device) for kernels in wanted)
-    prepared = [prepare_backward(choice, plan, q, k, v) for choice in chosen]
+        prepared = [prepare_backward(select_first(kernels, problem, device), plan, q, k, v) for kernels in wanted]
     steps = [Step(delta)] if total_q else []
     steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     by_copy_engine = any(p.config.kernel not in DQ_KERNELS and _reads_statistics_in_boxes(p.config) for p in prepared)
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
-    scratch: dict[str, tuple[int, ...]] = dict(delta=stats, lse_log2=stats)
+    scratch = dict(delta=Scratch(stats), lse_log2=Scratch(stats))
     if any(each.config.kernel == FUSED_KERNEL for each in prepared):
         from weft_attn.kernels.triton.finish_dq import finish_dq_call
 
         finish_config = select("finish_dq", problem, device).config
-        scratch["dq_sum"] = (heads, total_q, q.shape[2])
+        scratch["dq_sum"] = Scratch((heads, total_q, q.shape[2]))
+        if any(each.in_turn for each in prepared):
+            from weft_attn.kernels.hopper.add_in_turn import turns_shape
+
+            scratch["turns"] = Scratch(turns_shape(heads, total_q), torch.int32)
         steps.append(
             Step(lambda t: finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, config=finish_config))
         )
     is_persistent = any(isinstance(each.config, HopperConfig) for each in prepared)
     return Recipe([each.stream for each in prepared], scratch, steps, Counter() if is_persistent else None)
+
+
+def _prepare_all(
+    plan: Plan, problem: Problem, device: Device, deterministic: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> list[PreparedBackward]:
+    """The kernels for all gradients; a deterministic one that adds where the plan lets its programs take turns."""
+    if deterministic:
+        fused = select_in_turn(problem, device)
+        if fused is not None:
+            prepared = prepare_backward(fused, plan, q, k, v, in_turn=True)
+            if prepared.in_turn:
+                return [prepared]
+    chosen = select_backward(problem, device, deterministic=deterministic)
+    return [prepare_backward(choice, plan, q, k, v) for choice in chosen]
 
 
 def _reads_statistics_in_boxes(config: StreamConfig | HopperConfig) -> bool:
@@ -421,6 +444,8 @@ def _gradient_step(
         if kernel in DQ_KERNELS:
             return hopper_backward_dq_call(**shared, dq=t["dq"])
         shared |= dict(last_heads=prepared.last_heads)
+        if prepared.in_turn:
+            shared |= dict(turns=t["turns"], afters=prepared.stream.afters)
         return hopper_backward_call(**shared, dk=t["dk"], dv=t["dv"], dq_sum=t["dq_sum"] if kernel == FUSED_KERNEL else None)
 
     return make

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -68,19 +68,26 @@ class Counter:
         return found
 
 
+class Scratch(NamedTuple):
+    """Memory that a pass needs between its launches: a tensor, not written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A pass over a plan, decided: the tables it reads, the memory it needs in between, its launches.
 
     Attributes:
         streams: the tables; joined before the launches.
-        scratch: float32 tensors by name, with their shapes.
+        scratch: that memory, by name.
         steps: launches in order.
         counter: what persistent grids count with, where there are any.
     """
 
     streams: Sequence[DeviceStream]
-    scratch: dict[str, tuple[int, ...]]
+    scratch: dict[str, Scratch]
     steps: Sequence[Step]
     counter: Counter | None = None
 
@@ -105,8 +112,8 @@ class Recipe:
                 table.join(stream)
             if torch.cuda.is_current_stream_capturing():
                 _of_graphs[id(self.streams)] = self.streams
-        for name, shape in self.scratch.items():
-            tensors[name] = scratch = torch.empty(shape, dtype=torch.float32, device=device)
+        for name, (shape, dtype) in self.scratch.items():
+            tensors[name] = scratch = torch.empty(shape, dtype=dtype, device=device)
             addresses[name] = scratch.data_ptr()
         if self.counter is not None:
             tensors["counter"] = counter = self.counter.on(device, stream)

@@ -13,7 +13,7 @@ The backward's dK/dV kernel walks the same structure of the transposed plan: row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,13 +21,19 @@ from numpy.typing import NDArray
 
 from weft_attn.errors import Unsupported
 from weft_attn.plan.in_step import BY_ROUND, Arrangement, Grid, arrange, components
+from weft_attn.plan.in_turn import arrange_in_turn, is_worth_turns, take_turns, tiles_agree
 from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
 
 IntArray = NDArray[np.int64]
 
-# Columns of the item table. NO_SLOT: the item is whole and writes the result itself. A walk: in_step.py.
+# Columns of the item table. NO_SLOT: the item is whole and writes the result itself; in turn no item is split, and the column says where
+# the late edge tiles are, those behind their slice's interior: runs before them times LATE_TILES, plus how many. A walk: in_step.py.
 ITEM_FIELDS = ("row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "walk")
+INTERIOR_TILES, EDGE_TILES, SLOT = (ITEM_FIELDS.index(name) for name in ("interior_tiles", "edge_tiles", "slot"))
 NO_SLOT = -1
+LATE_TILES = 2**15
+# More late edge tiles, or runs before them, than the column holds.
+TOO_LATE = -1
 # Columns of the run table; an interior run uses the first two.
 RUN_FIELDS = ("col", "n_tiles", "q_start", "q_len", "k_start", "k_len", "lo", "hi")
 # Columns of the combine table.
@@ -45,6 +51,8 @@ class Tiling:
         transposed: rows are keys and columns are queries (dK/dV).
         masks_ragged: items with fewer rows than a tile have edge tiles only, for a kernel whose rows beyond the item's would reach
             more than results that nobody writes.
+        in_turn: heads of a group that an item visits each tile for, where items add to what belongs to the tile's columns one after the
+            other (in_turn.py), with a grid; 0: they do not.
         grid: the persistent grid whose programs walk the items in step. None: items are listed longest first.
     """
 
@@ -53,6 +61,7 @@ class Tiling:
     max_tiles: int | None = None
     transposed: bool = False
     masks_ragged: bool = False
+    in_turn: int = 0
     grid: Grid | None = None
 
 
@@ -64,6 +73,9 @@ class Stream:
         items: (n, 8) ITEM_FIELDS, longest first or as `in_step.arrange` says.
         runs: (m, 8) RUN_FIELDS, with one row more than is used, so that a kernel may look one run ahead.
         combines: (s, 4) COMBINE_FIELDS, one for each item that was split.
+        afters: (m,) of a tiling in turn: whom each run comes after (`in_turn.take_turns`). Empty: of any other, where items are too short
+            (`in_turn.is_worth_turns`), and where tiles that have a column in common do not begin at the same one, so that nobody can
+            tell whose turn it is.
         slots: partial results, over all split items.
         heads_per_wave: of the tiling's grid; 1 without.
     """
@@ -71,6 +83,7 @@ class Stream:
     items: NDArray[np.int32]
     runs: NDArray[np.int32]
     combines: NDArray[np.int32]
+    afters: NDArray[np.int32]
     slots: int
     heads_per_wave: int
 
@@ -88,6 +101,7 @@ class DeviceStream:
     items: torch.Tensor
     runs: torch.Tensor
     combines: torch.Tensor
+    afters: torch.Tensor
     n_items: int
     n_combines: int
     slots: int
@@ -131,8 +145,31 @@ def device_stream(plan: Plan, tiling: Tiling, device: torch.device) -> DeviceStr
 def host_stream(plan: Plan, tiling: Tiling) -> Stream:
     """Cut a plan into work items (see the module's text)."""
     table = transpose(plan.rows) if tiling.transposed else plan.rows
-    total_rows = plan.total_k if tiling.transposed else plan.total_q
-    return build_stream(table, total_rows, tiling)
+    total_rows, total_columns = (plan.total_k, plan.total_q) if tiling.transposed else (plan.total_q, plan.total_k)
+    stream = build_stream(table, total_rows, tiling)
+    return _in_turn(stream, tiling, total_columns) if tiling.in_turn else stream
+
+
+def _in_turn(stream: Stream, tiling: Tiling, total_columns: int) -> Stream:
+    """The stream with its afters, if its tiles agree and items are so long that it pays."""
+    assert tiling.grid is not None
+    tiles = int(stream.items[:, INTERIOR_TILES].sum() + stream.items[:, EDGE_TILES].sum())
+    if not is_worth_turns(tiles, len(stream.items), tiling.in_turn, stream.heads_per_wave, tiling.grid.programs):
+        return stream
+    runs, block = stream.runs[:-1].astype(np.int64), tiling.block_cols
+    first, stop = runs[:, 0], runs[:, 0] + runs[:, 1] * block
+    k_start, k_len = runs[:, RUN_FIELDS.index("k_start")], runs[:, RUN_FIELDS.index("k_len")]
+    # An edge run's last tile may reach beyond its slice.
+    if not tiles_agree(first, np.where(k_len > 0, np.minimum(stop, k_start + k_len), stop), block):
+        return stream
+    late = stream.items[:, SLOT].astype(np.int64)
+    if (late == TOO_LATE).any():
+        return stream
+    items, cut, afters, early_runs = take_turns(stream.items, stream.runs, late // LATE_TILES, block, total_columns)
+    if early_runs.max(initial=0) >= 2**31 // LATE_TILES:
+        return stream
+    items[:, SLOT] = early_runs * LATE_TILES + late % LATE_TILES
+    return replace(stream, items=items, runs=cut, afters=afters)
 
 
 def count_items(plan: Plan, rows_per_tile: int) -> int:
@@ -141,8 +178,8 @@ def count_items(plan: Plan, rows_per_tile: int) -> int:
 
 
 def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
-    # One copy for all three tables; pinned memory lets it run without stopping the host.
-    parts = [stream.items, stream.runs, stream.combines]
+    # One copy for all tables; pinned memory lets it run without stopping the host.
+    parts = [stream.items, stream.runs, stream.combines, stream.afters]
     flat = torch.from_numpy(np.concatenate([p.ravel() for p in parts]))
     made_on = copied = None
     if device.type == "cuda":
@@ -153,7 +190,7 @@ def _to_device(stream: Stream, device: torch.device) -> DeviceStream:
     for part in parts:
         tensors.append(flat[at : at + part.size].view(part.shape))
         at += part.size
-    tiles = stream.items[:, ITEM_FIELDS.index("interior_tiles")] + stream.items[:, ITEM_FIELDS.index("edge_tiles")]
+    tiles = stream.items[:, INTERIOR_TILES] + stream.items[:, EDGE_TILES]
     counts = dict(
         n_items=len(stream.items),
         n_combines=len(stream.combines),
@@ -260,13 +297,21 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     interior = _Runs(tile, col + inner_first * block, inner_stop - inner_first, owner).drop_empty().joined(block)
     before = _Runs(tile, col, inner_first, owner).drop_empty()
     after = _Runs(tile, col + inner_stop * block, steps - inner_stop, owner).drop_empty()
+    # One behind the other by slices, or those behind their interior last.
     edge = _Runs.merge(before, after)
+    late = np.zeros(len(tiles), np.int64)
+    if tiling.in_turn:
+        runs_before = np.bincount(before.tile, minlength=len(tiles))
+        late_tiles = np.bincount(after.tile, weights=after.n, minlength=len(tiles)).astype(np.int64)
+        late = np.where(
+            (runs_before < 2**31 // LATE_TILES) & (late_tiles < LATE_TILES), runs_before * LATE_TILES + late_tiles, TOO_LATE
+        )
 
     component = np.full(len(tiles), -1)
     if tiling.grid is not None:
         # Rows of a tile belong together, so any slice that it meets tells.
         component[tile] = components(table)[owner]
-    return _emit(tiles, table, interior, edge, component, tiling)
+    return _emit(tiles, table, interior, edge, late, component, tiling)
 
 
 @dataclass(frozen=True)
@@ -338,7 +383,9 @@ def _steps_before(runs: _Runs, start: IntArray) -> IntArray:
     return starts - starts[first_of_tile] + start[runs.tile] if len(runs.tile) else starts
 
 
-def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, component: IntArray, tiling: Tiling) -> Stream:
+def _emit(
+    tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, late: IntArray, component: IntArray, tiling: Tiling
+) -> Stream:
     n_tiles = len(tiles)
     interior_steps = np.bincount(interior.tile, weights=interior.n, minlength=n_tiles).astype(np.int64)
     edge_steps = np.bincount(edge.tile, weights=edge.n, minlength=n_tiles).astype(np.int64)
@@ -366,7 +413,7 @@ def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, compo
 
     split = parts[item_tile] > 1
     slot = np.where(split, np.cumsum(split) - 1, NO_SLOT)
-    items[:, 6] = slot
+    items[:, 6] = late if tiling.in_turn else slot
     split_tiles = np.flatnonzero(parts > 1)
     combines = np.stack(
         [
@@ -386,13 +433,15 @@ def _emit(tiles: IntArray, slices: IntArray, interior: _Runs, edge: _Runs, compo
     if tiling.grid is None:
         found = Arrangement(np.argsort(-steps, kind="stable"), np.full(n_items, BY_ROUND), 1)
     else:
-        found = arrange(steps, items[:, 5] == 0, component[item_tile], tiling.grid)
+        arranged = arrange_in_turn if tiling.in_turn else arrange
+        found = arranged(steps, items[:, 5] == 0, component[item_tile], tiling.grid)
     items = items[found.order]
     items[:, 7] = found.walks
     return Stream(
         items=items.astype(np.int32),
         runs=runs,
         combines=combines.astype(np.int32),
+        afters=np.zeros(0, np.int32),
         slots=int(split.sum()),
         heads_per_wave=found.heads_per_wave,
     )

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.add_in_turn import Turns, add_in_turn
 from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
 from weft_attn.kernels.hopper.backward_fused import consume_for_all, dq_columns, make_exchange
 from weft_attn.kernels.hopper.backward_wide import (
@@ -25,7 +26,7 @@ from weft_attn.kernels.hopper.backward_wide import (
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, grid_of, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, OneByOne, grid_of, make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
@@ -59,6 +60,8 @@ def hopper_backward_kernel(
     heads_per_wave,
     last_heads,
     counter_ptr,
+    turns_ptr,
+    afters_ptr,
     zero,
     softmax_scale,
     inner_scale,
@@ -82,14 +85,18 @@ def hopper_backward_kernel(
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
     N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
+    IN_TURN: gl.constexpr = turns_ptr is not None
+    dealer = Alone(counter_ptr)
+    if IN_TURN:
+        dealer = OneByOne(counter_ptr)
     schedule = make_schedule(
-        Alone(counter_ptr),
+        dealer,
         gl.to_tensor(n_items),
         gl.to_tensor(n_heads),
         gl.to_tensor(heads_per_wave),
         gl.to_tensor(last_heads),
-        N_CONSUMERS,
-        PRODUCER_WARPS=4,
+        N_CONSUMERS + (CONSUMERS if IN_TURN else 0),
+        PRODUCER_WARPS=1 if IN_TURN else 4,
     )
     if IS_WIDE:
         memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)
@@ -97,7 +104,7 @@ def hopper_backward_kernel(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (produce, (p, memory)),
+                (produce, (p, memory, gl.constexpr(IN_TURN))),
                 (sum_products, (p, memory, exchange, gl.constexpr(True))),
                 (sum_products, (p, memory, exchange, gl.constexpr(False))),
                 (weigh_and_differentiate, (p, memory, exchange)),
@@ -111,7 +118,7 @@ def hopper_backward_kernel(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (produce, (p, memory)),
+                (produce, (p, memory, gl.constexpr(IN_TURN))),
                 (consume_for_dkdv, (p, memory, agreement, gl.constexpr(0))),
                 (consume_for_dkdv, (p, memory, agreement, gl.constexpr(1))),
             ],
@@ -121,17 +128,31 @@ def hopper_backward_kernel(
     else:
         memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
         agreement = make_agreement(CONSUMERS)
-        exchange = make_exchange(p, dq_sum_desc)
+        exchange = make_exchange(p, dq_sum_desc, IN_TURN)
         fence_async_shared()
-        gl.warp_specialize(
-            [
-                (produce, (p, memory)),
-                (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
-                (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
-            ],
-            [4, 4],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
-        )
+        if IN_TURN:
+            turns = Turns(turns_ptr, afters_ptr, n_heads * GROUP * p.stride_stats_h)
+            gl.warp_specialize(
+                [
+                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
+                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
+                    (produce, (p, memory, gl.constexpr(IN_TURN))),
+                    (add_in_turn, (p, memory, exchange, turns, gl.constexpr(0))),
+                    (add_in_turn, (p, memory, exchange, turns, gl.constexpr(1))),
+                ],
+                [4, 1, 1, 1],
+                [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (produce, (p, memory, gl.constexpr(IN_TURN))),
+                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
+                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
+                ],
+                [4, 4],
+                [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+            )
 
 
 def hopper_backward_call(
@@ -151,6 +172,8 @@ def hopper_backward_call(
     heads_per_wave: int,
     last_heads: int,
     counter: torch.Tensor,
+    turns: torch.Tensor | None = None,
+    afters: torch.Tensor | None = None,
     softmax_scale: float,
     softcap: float,
     multiprocessors: int,
@@ -163,6 +186,7 @@ def hopper_backward_call(
         items, runs: tables of the transposed plan, cut as config.cut says, with dq_sum also with masks_ragged.
         heads_per_wave, last_heads: KV heads whose items run together (plan/in_step.py); those of the last wave at least (launch/splits.py).
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
+        turns: (CONSUMERS, Hq * Tq) int32, zero, and afters, the stream's: programs add to dq_sum in turn (add_in_turn.py). None: as they come.
         multiprocessors: programs of the persistent grid at most.
         config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`. Of three consumers two have
             consumer_registers, and the third what they and the producer leave of max_registers for each of the four.
@@ -202,6 +226,8 @@ def hopper_backward_call(
             heads_per_wave=heads_per_wave,
             last_heads=last_heads,
             counter_ptr=counter,
+            turns_ptr=turns,
+            afters_ptr=afters,
             zero=0,
             softmax_scale=softmax_scale,
             inner_scale=inner_scale,

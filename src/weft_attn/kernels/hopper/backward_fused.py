@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
+    edges_of_part,
     multiply_queries,
     seen_by,
     weigh,
@@ -33,7 +34,7 @@ from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import first_tile, first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
 
 
 @aggregate
@@ -45,16 +46,22 @@ class Exchange:
         dscores: (2 * CONSUMERS, ROWS, BLOCK_Q) dS of a step, a tile of each consumer, twice in turn.
         there: barrier: both tiles of a step are written.
         dq: (CONSUMERS, rows, columns) float32, each consumer's half on its way out.
+        full, empty: (CONSUMERS, 1) barriers: where programs add in turn, a half is there, and has left (add_in_turn.py).
     """
 
     dq_sum_desc: tma.tensor_descriptor
     dscores: gl.shared_memory_descriptor
     there: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    IN_TURN: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, dq_sum_desc, dscores, there, dq):
+    def __init__(self, dq_sum_desc, dscores, there, dq, full, empty, IN_TURN):
         self.dq_sum_desc, self.dscores, self.there, self.dq = dq_sum_desc, dscores, there, dq
+        self.full, self.empty = full, empty
+        self.IN_TURN = gl.constexpr(IN_TURN)
 
 
 @gluon.constexpr_function
@@ -64,12 +71,20 @@ def dq_columns(block_q, head_dim):
 
 
 @gluon.jit
-def make_exchange(p, dq_sum_desc):
+def make_exchange(p, dq_sum_desc, IN_TURN: gl.constexpr):
     dscores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, p.BLOCK_Q], p.q_desc.dtype)
     dscores = gl.allocate_shared_memory(p.q_desc.dtype, [2 * CONSUMERS, ROWS, p.BLOCK_Q], dscores_layout)
     there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(there, count=CONSUMERS)
-    return Exchange(dq_sum_desc, dscores, there, make_tiles(dq_sum_desc, CONSUMERS))
+    full = there
+    empty = there
+    if IN_TURN:
+        full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.init(full.index(consumer), count=1)
+            mbarrier.init(empty.index(consumer), count=1)
+    return Exchange(dq_sum_desc, dscores, there, make_tiles(dq_sum_desc, CONSUMERS), full, empty, IN_TURN)
 
 
 @gluon.jit
@@ -89,18 +104,22 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _add_dq(p, exchange, dq, head, col, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
+def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
     """Send this consumer's half of a query tile's dQ to be added, and zeros from the tile's n_valid-th row on."""
     if IS_MASKED:
         FIRST: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
         dq = zero_rows(dq, n_valid - FIRST, product_layout(dq.shape[1]))
     smem = exchange.dq.index(CONSUMER)
     # The last step's must have left before this one comes.
-    tma.store_wait(pendings=0)
+    if exchange.IN_TURN:
+        mbarrier.wait(exchange.empty.index(CONSUMER), (step & 1) ^ 1)
+    else:
+        tma.store_wait(pendings=0)
     smem.store(exchange_pairs(dq))
     fence_async_shared()
-    row = head * p.stride_stats_h + col
-    if p.BLOCK_Q > ROWS:
+    if exchange.IN_TURN:
+        mbarrier.arrive(exchange.full.index(CONSUMER), count=1)
+    elif p.BLOCK_Q > ROWS:
         add_box(exchange.dq_sum_desc, [row + CONSUMER * ROWS, 0], smem)
     else:
         add_box(exchange.dq_sum_desc, [row, CONSUMER * dq_columns(p.BLOCK_Q, p.HEAD_DIM)], smem)
@@ -115,7 +134,7 @@ def _multiply_scores(p, memory, step, zero, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _accumulate_tile(
-    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, n_valid, head,
+    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, n_valid, row,
     IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """One query tile of one head into dk_acc and dv_acc, (64 keys, D) float32, and into dq_sum; the next step's scores with them."""
@@ -144,12 +163,53 @@ def _accumulate_tile(
     dk_acc = warpgroup_mma(dscores_operand, q_tile, dk_acc, is_async=True)
     # The operands too: their registers are read until the products are done.
     dq, dv_acc, _ = warpgroup_mma_wait(1, deps=[dq, dv_acc, probs_operand])
-    _add_dq(p, exchange, dq, head, col, n_valid, IS_MASKED, CONSUMER)
+    _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED, CONSUMER)
     # After the item's last step its own once more, for nothing: a branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero, CONSUMER)
     dk_acc, next_scores, _ = warpgroup_mma_wait(0, deps=[dk_acc, next_scores, dscores_operand])
     memory.slots.release(step)
     return next_scores, dk_acc, dv_acc
+
+
+@gluon.jit
+def _walk_edges(
+    p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows, first_head,
+    run, col, left, n_tiles, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """So many edge tiles, from the one at `col`."""
+    for _ in range(n_tiles):
+        first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+        for member in range(p.GROUP):
+            zero = zero * 3
+            row = (first_head + member) * p.stride_stats_h + col
+            cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
+            scores, dk_acc, dv_acc = _accumulate_tile(
+                p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, col_stop - col,
+                row, True, CONSUMER,
+            )  # fmt: skip
+            step += 1
+        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+    return step, cleaned, zero, scores, dk_acc, dv_acc
+
+
+@gluon.jit
+def _walk_interior(
+    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
+    run, n_tiles, direction, CONSUMER: gl.constexpr,
+):  # fmt: skip
+    """So many interior tiles, each run from its one end or the other."""
+    col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
+    for _ in range(n_tiles):
+        for member in range(p.GROUP):
+            zero = zero * 3
+            row = (first_head + member) * p.stride_stats_h + col
+            scores, dk_acc, dv_acc = _accumulate_tile(
+                p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, p.BLOCK_Q,
+                row, False, CONSUMER,
+            )  # fmt: skip
+            step += 1
+        run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
+    return step, zero, scores, dk_acc, dv_acc
 
 
 @gluon.jit
@@ -167,7 +227,7 @@ def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
-        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        first_row, n_rows, run_of_edges, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.
@@ -190,28 +250,28 @@ def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
             scores = _multiply_scores(p, memory, step, zero, CONSUMER)
             scores = warpgroup_mma_wait(0, deps=[scores])
 
-        for _ in range(edge_tiles):
-            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
-            for member in range(p.GROUP):
-                zero = zero * 3
-                cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
-                scores, dk_acc, dv_acc = _accumulate_tile(
-                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, col_stop - col,
-                    first_head + member, True, CONSUMER,
+        if exchange.IN_TURN:
+            late = schedule.late_edges(turn)
+            for part in range(2):
+                run, tiles = edges_of_part(part, direction, run_of_edges, edge_tiles, late)
+                col, left = first_tile(p.runs_ptr, run)
+                step, cleaned, zero, scores, dk_acc, dv_acc = _walk_edges(
+                    p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows,
+                    first_head, run, col, left, tiles, CONSUMER,
                 )  # fmt: skip
-                step += 1
-            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        run = interior_run
-        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
-        for _ in range(interior_tiles):
-            for member in range(p.GROUP):
-                zero = zero * 3
-                scores, dk_acc, dv_acc = _accumulate_tile(
-                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, p.BLOCK_Q,
-                    first_head + member, False, CONSUMER,
+                step, zero, scores, dk_acc, dv_acc = _walk_interior(
+                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
+                    interior_run, gl.where(part == 0, interior_tiles, 0), direction, CONSUMER,
                 )  # fmt: skip
-                step += 1
-            run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
+        else:
+            step, cleaned, zero, scores, dk_acc, dv_acc = _walk_edges(
+                p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows,
+                first_head, run_of_edges, col, left, edge_tiles, CONSUMER,
+            )  # fmt: skip
+            step, zero, scores, dk_acc, dv_acc = _walk_interior(
+                p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
+                interior_run, interior_tiles, direction, CONSUMER,
+            )  # fmt: skip
 
         memory.k.release(kv_step)
         memory.k.release(other_step)

@@ -24,6 +24,7 @@ from weft_attn.kernels.hopper.tiles import (
     visible_words,
     write_rows,
 )
+from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import first_tile_of_walk, next_tile_of_walk
 
@@ -137,7 +138,19 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
 
 
 @gluon.jit
-def produce(p, memory):
+def edges_of_part(part, direction, edge_run, edge_tiles, late):
+    """The edge tiles that an item of programs in turn walks before its interior ones (part 0), or behind them: first run and how many.
+
+    Walked up, the early ones come first, walked down the late ones; `late` as in layout.LATE_TILES.
+    """
+    late_tiles = late % layout.LATE_TILES
+    is_late = (part == 0) == (direction < 0)
+    run = gl.where(is_late, edge_run + late // layout.LATE_TILES, edge_run)
+    return run, gl.where(is_late, late_tiles, edge_tiles - late_tiles)
+
+
+@gluon.jit
+def produce(p, memory, TAKES_TURNS: gl.constexpr):
     """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns."""
     KEY_TILES: gl.constexpr = memory.k.slots.STAGES
     schedule = memory.schedule
@@ -155,11 +168,21 @@ def produce(p, memory):
         for tile in gl.static_range(KEY_TILES):
             memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
-        step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
-        if is_short:
-            # After the tiles that this turn begins with.
-            schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-        step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
+        if TAKES_TURNS:
+            late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
+            for part in range(2):
+                run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
+                step = _load_queries(p, memory, step, kv_head, run, tiles, 1)
+                if is_short & (part == 0):
+                    # After the tiles that this turn begins with.
+                    schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
+                step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
+        else:
+            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
+            if is_short:
+                # After the tiles that this turn begins with.
+                schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
+            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
         if not is_short:
             number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)

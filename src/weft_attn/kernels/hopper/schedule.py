@@ -81,6 +81,46 @@ class Alone:
 
 
 @aggregate
+class OneByOne:
+    """As `Alone`, but a program takes its first number from the counter too: whoever has a number runs, and so does whoever has one
+    before it, even where the grid's programs do not all run at a time.
+
+    Attributes:
+        counter_ptr: COUNTER_SIZE int32, zero between launches.
+    """
+
+    counter_ptr: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, counter_ptr):
+        self.counter_ptr = counter_ptr
+
+    @gluon.jit
+    def programs(self):
+        """How many walk the list."""
+        return gl.num_programs(0)
+
+    @gluon.jit
+    def first(self):
+        """The number that this program begins with."""
+        return gl.atomic_add(self.counter_ptr, 1)
+
+    @gluon.jit
+    def head(self, place):
+        """The head at a place in the list."""
+        return place
+
+    @gluon.jit
+    def take(self, _turn):
+        """Producer, once a turn: the number of the turn after this one."""
+        return gl.atomic_add(self.counter_ptr, 1)
+
+    @gluon.jit
+    def meet(self):
+        """Nobody."""
+
+
+@aggregate
 class Schedule:
     """The way from the counter through the producer to the consumers.
 
@@ -93,7 +133,7 @@ class Schedule:
         PRODUCER_WARPS: of the producer; a consumer has four.
     """
 
-    dealer: Alone | Pair
+    dealer: Alone | OneByOne | Pair
     n_items: gl.tensor
     n_heads: gl.tensor
     heads_per_wave: gl.tensor
@@ -200,6 +240,11 @@ class Schedule:
         return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles, col, left
 
     @gluon.jit
+    def late_edges(self, turn):
+        """Of an item whose programs add in turn: layout.LATE_TILES."""
+        return self._item_field(turn, layout.ITEM_LATE_EDGES)
+
+    @gluon.jit
     def first_slice(self, turn):
         """The slice of the item's first edge run, as `interval_in_slice` takes it."""
         row_start = self._run_field(turn, layout.RUN_ROW_START)
@@ -217,7 +262,7 @@ class Schedule:
 
     @gluon.jit
     def _read(self, turn, AT: gl.constexpr):
-        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(one_a_lane(4)), 0)
+        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(one_a_lane(gl.num_warps())), 0)
 
     @gluon.jit
     def heard(self, turn):

@@ -7,7 +7,7 @@ out, dout (Tq, Hq, Dv); lse, dlse (Hq, Tq) float32, natural log. delta, lse_log2
 flattened (Hq, Tq). The copy engine reads from multiples of 16 bytes only, but documents begin at any row: so copy c of four holds
 the statistics shifted by c rows, and a tile that begins at element x is read from copy x % 4. Deterministic.
 
-On the way it zeroes dq_sum (Hq, Tq, D) float32, where a later kernel adds to one.
+On the way it zeroes dq_sum (Hq, Tq, D) float32, where a later kernel adds to one, and turns, int32, where its programs say who has.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def attention_delta_kernel(
     delta_ptr,
     lse_log2_ptr,
     dq_sum_ptr,
+    turns_ptr,
+    n_turns,
     stride_ot,
     stride_oh,
     stride_dot,
@@ -78,6 +80,10 @@ def attention_delta_kernel(
         zeros = tl.zeros([BLOCK_ROWS, HEAD_DIM_PADDED], tl.float32)
         places = dq_sum_ptr + element[:, None] * HEAD_DIM + dims[None, :]
         tl.store(places, zeros, mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :])
+    if turns_ptr is not None:
+        for first in tl.static_range(0, layout.MOST_TURNS * BLOCK_ROWS, BLOCK_ROWS):
+            turns = tl.program_id(0) * (layout.MOST_TURNS * BLOCK_ROWS) + first + tl.arange(0, BLOCK_ROWS)
+            tl.store(turns_ptr + turns, tl.zeros([BLOCK_ROWS], tl.int32), mask=turns < n_turns)
 
 
 # Elements of float32 in the copy engine's 16 bytes.
@@ -98,6 +104,7 @@ def delta_call(
     delta: torch.Tensor,
     lse_log2: torch.Tensor,
     dq_sum: torch.Tensor | None,
+    turns: torch.Tensor | None = None,
     config: Any,
 ) -> KernelCall:
     """The delta launch.
@@ -105,7 +112,7 @@ def delta_call(
     Args:
         out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
         delta, lse_log2: of `stats_shape` with 1 copy or SHIFTED_COPIES, written.
-        dq_sum: as in the module's text, contiguous; None: there is none.
+        dq_sum, turns: as in the module's text, contiguous, turns of at most layout.MOST_TURNS elements a row of a head; None: there is none.
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape
@@ -121,6 +128,8 @@ def delta_call(
             delta_ptr=delta,
             lse_log2_ptr=lse_log2,
             dq_sum_ptr=dq_sum,
+            turns_ptr=turns,
+            n_turns=0 if turns is None else turns.numel(),
             **strides,
             stride_lse_h=lse.stride(0),
             stride_dlse_h=0 if dlse is None else dlse.stride(0),

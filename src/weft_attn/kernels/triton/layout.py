@@ -27,6 +27,7 @@ ITEM_INTERIOR_TILES = tl.constexpr(3)
 ITEM_EDGE_RUN = tl.constexpr(4)
 ITEM_EDGE_TILES = tl.constexpr(5)
 ITEM_SLOT = tl.constexpr(6)
+ITEM_LATE_EDGES = tl.constexpr(6)
 ITEM_WALK = tl.constexpr(7)
 
 # Codes of a walk (plan/in_step.py)
@@ -51,6 +52,11 @@ COMBINE_N_ROWS = tl.constexpr(1)
 COMBINE_FIRST_SLOT = tl.constexpr(2)
 COMBINE_N_SLOTS = tl.constexpr(3)
 
+# An item's late edges are told as the number of its other edge runs times this, plus how many tiles they have.
+LATE_TILES = tl.constexpr(2**15)
+# Words that say whose turn it is, for each row of a head at most.
+MOST_TURNS = tl.constexpr(4)
+
 # Arguments whose values follow the batch: a kernel compiled for multiples of 16 of them would be compiled again in the middle of
 # a training run.
 OF_THE_BATCH = (
@@ -63,6 +69,7 @@ OF_THE_BATCH = (
     "stride_copy",
     "stride_stats_copy",
     "stride_stats_h",
+    "n_turns",
 )
 
 DIGEST = zlib.crc32(repr(sorted((n, c.value) for n, c in list(globals().items()) if isinstance(c, tl.constexpr))).encode())
