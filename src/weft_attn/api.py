@@ -52,8 +52,8 @@ def attention(
         Unsupported: (a ValueError) no kernel config fits the device.
 
     Determinism and memory: bitwise repeatable, but for dq as `deterministic` says. Saves q, k, v, out and lse for the backward; no
-    score matrix. A backward takes row statistics (32 bytes a row and head at most) and, where it adds dq up, 4 bytes for each element
-    of q. A batch that cannot be viewed as (B * S, H, D) is copied once.
+    score matrix. A backward takes row statistics (32 bytes a row and head at most, 8 more where it adds in turn) and, where it adds
+    dq up, 4 bytes for each element of q. A batch that cannot be viewed as (B * S, H, D) is copied once.
 
     Example:
         >>> import torch, weft_attn as weft

@@ -244,7 +244,7 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: in
     [
         weft.Plan.dense(1, 8192, 8192, causal=True),
         weft.Plan.dense(1, 8192, 8192),
-        weft.Plan.dense(1, 8192, 8192, causal=True, window=1000),
+        weft.Plan.dense(1, 8192, 8192, causal=True, window=(1000, 0)),
         weft.Plan.from_cu_seqlens([0, 3001, 8192], [0, 3001, 8192], causal=True),
     ],
     ids=["causal", "full", "window", "two documents"],
