@@ -170,7 +170,7 @@ def plan_attention(
         >>> plan = weft.Plan.zigzag([0, 9, 16], rank=0, world_size=2)
         >>> q, kv = torch.randn(plan.total_q, 4, 16), torch.randn(plan.total_k, 2, 16)
         >>> weft.plan_attention(q, kv, kv, plan).shape
-        torch.Size([7, 4, 16])
+        torch.Size([8, 4, 16])
     """
     checks.qkv(q, k, v, packed=True)
     if not isinstance(plan, Plan):
