@@ -32,6 +32,7 @@ def _on_hopper() -> None:
 def _in_turn_however_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernel of all gradients is overridden, a deterministic backward has its programs add in turn."""
     monkeypatch.setattr(in_turn, "TILES_PER_TURN", 0)
+    monkeypatch.setattr(in_turn, "EDGES_OF_MEAN", math.inf)
 
 
 def rows_of(case: Case, *, deterministic: bool = False, keys: float | None = None, alone: bool = False) -> list[LaunchConfig]:
@@ -260,9 +261,8 @@ def test_programs_in_turn_add_in_the_same_order_every_time(plan: weft.Plan) -> N
         for _ in range(30):
             for (_, one), (_, other) in zip(evaluate(attention, x).items(), first.items(), strict=True):  # type: ignore[arg-type]
                 differing += (one != other).sum()
-        free = weft.plan_attention(x.q, x.k, x.v, plan, deterministic=False)
-        assert torch.equal(free, first.out)
     assert int(differing) == 0
+    assert any(tiling.in_turn and len(stream.afters) for (tiling, _), stream in plan._streams.items())
 
 
 @pytest.mark.parametrize(

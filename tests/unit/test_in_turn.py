@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from weft_attn.plan import Plan, in_turn
+from weft_attn.plan import Plan, Slice, in_turn
 from weft_attn.plan.in_step import BY_ITEM, Grid
 from weft_attn.plan.stream import LATE_TILES, Stream, Tiling, host_stream
 from weft_attn.testing.cases import PLANS, Case
@@ -25,12 +25,21 @@ NAMES = [name for name in PLANS if name not in DISAGREEING | {"no_rows", "no_key
 @pytest.fixture(autouse=True)
 def _however_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(in_turn, "TILES_PER_TURN", 0)
+    monkeypatch.setattr(in_turn, "EDGES_OF_MEAN", float("inf"))
 
 
 def streams(plan: Plan, grid: Grid) -> tuple[Stream, Stream]:
     """Of items that add as they come, and in turn."""
     tiling = dict(rows_per_tile=32, block_cols=BLOCK, transposed=True, masks_ragged=True, grid=grid)
     return host_stream(plan, Tiling(**tiling)), host_stream(plan, Tiling(**tiling, in_turn=4))  # type: ignore[arg-type]
+
+
+def walk(stream: Stream, item: list[int], is_up: bool) -> list[tuple[int, int]]:
+    """(column, run) of an item's tiles in the order in which the kernel visits them (`by_keys.py: edges_of_part`)."""
+    edges = tiles(stream, item)[: item[5]]
+    early, late = ([(col, run) for col, run, is_late in edges if is_late == wanted] for wanted in (False, True))
+    interior = [(col, run) for col, run, _ in tiles(stream, item)[item[5] :]]
+    return [*early, *interior, *late] if is_up else [*late, *interior[::-1], *early]
 
 
 def tiles(stream: Stream, item: list[int]) -> list[tuple[int, int, bool]]:
@@ -54,8 +63,9 @@ def test_everybody_comes_after_the_one_that_was_there_last(name: str, grid: Grid
     free, turned = streams(plan, grid)
     last: dict[int, int] = {}
     visits: list[tuple[int, int]] = []
-    for item in turned.items.tolist():
-        for col, run, _ in tiles(turned, item):
+    for number, item in enumerate(turned.items.tolist()):
+        # A program finds out which way by itself: neither may matter.
+        for col, run in walk(turned, item, is_up=number % 2 == 0 and item[7] == 0):
             assert turned.afters[run] == last.get(col, 0)
             last[col] = item[0] + 1
             visits.append((item[0], col))
@@ -105,6 +115,21 @@ def test_items_of_documents_walk_down_and_waves_have_several_heads() -> None:
     _, turned = streams(Plan.from_cu_seqlens(offsets, offsets, causal=True), Grid(4, 8))
     assert turned.heads_per_wave >= in_turn.HEADS_IN_TURN
     assert set(turned.items[:, 7].tolist()) <= {0, BY_ITEM}
+
+
+def test_an_item_that_visits_a_tile_twice_takes_no_turns() -> None:
+    """Two short stretches of keys in one item, one seen whole and the other up to the diagonal: walked down it would wait for itself."""
+    slices = [Slice(0, 8192, 0, 8192), Slice(0, 8192, 8192, 64), Slice(0, 8192, 8256, 64, hi=0)]
+    tiling = Tiling(128, 64, transposed=True, masks_ragged=True, in_turn=4, grid=Grid(132, 8))
+    assert len(host_stream(Plan(slices, 8192, 8320), tiling).afters) == 0
+    assert len(host_stream(Plan(slices[:1], 8192, 8192), tiling).afters) > 0
+
+
+def test_long_items_of_edge_tiles_alone_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    tiling = Tiling(128, 64, transposed=True, masks_ragged=True, in_turn=4, grid=Grid(132, 8))
+    assert len(host_stream(Plan.dense(1, 16384, 16383), tiling).afters) == 0
+    assert len(host_stream(Plan.dense(1, 16383, 16383, causal=True), tiling).afters) > 0
 
 
 def test_short_items_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:

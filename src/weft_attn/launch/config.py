@@ -202,7 +202,7 @@ class HopperForwardConfig(PairedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperBackwardConfig(HopperConfig):
-    """All gradients on Hopper in one kernel, which is not deterministic: `block_k` keys against query tiles of `block_q`.
+    """All gradients on Hopper in one kernel, deterministic only in turn: `block_k` keys against query tiles of `block_q`.
 
     block_k is 128, 64 for each of two consumers; for head dims above WIDEST_PAIR it is 64, which three consumers share. in_turn: where a
     deterministic backward is asked for, two consumers' programs add to dQ in turn (ADR 24).

@@ -22,6 +22,8 @@ HEADS_IN_TURN = 4
 # Tiles of a mean item and KV head that make waiting worth while, for each item of a head that begins with others: the last of them waits
 # for all.
 TILES_PER_TURN = 6
+# How long an item without interior tiles may be, of the mean: it walks up, and those around it may walk down.
+EDGES_OF_MEAN = 0.25
 # Columns of the item table (stream.py: ITEM_FIELDS).
 INTERIOR_RUN, EDGE_RUN = 2, 4
 
@@ -37,15 +39,17 @@ def arrange_in_turn(steps: IntArray, is_flat: NDArray[np.bool_], component: IntA
     return Arrangement(found.order, walks, heads)
 
 
-def is_worth_turns(tiles: int, n_items: int, group: int, heads_per_wave: int, programs: int) -> bool:
+def is_worth_turns(tiles: int, edges_alone: int, n_items: int, group: int, heads_per_wave: int, programs: int) -> bool:
     """Whether items last so long that it matters little how long they wait for each other in the beginning.
 
     Args:
         tiles, n_items: of the stream.
+        edges_alone: tiles of the longest item that has edge tiles only.
         group: query heads of a KV head, which an item visits each tile with.
         heads_per_wave, programs: of the grid.
     """
-    return tiles * group * heads_per_wave >= TILES_PER_TURN * n_items * programs
+    lasts = tiles * group * heads_per_wave >= TILES_PER_TURN * n_items * programs
+    return lasts and edges_alone * n_items <= EDGES_OF_MEAN * tiles
 
 
 def tiles_agree(first: IntArray, stop: IntArray, block: int) -> bool:
@@ -68,7 +72,7 @@ def tiles_agree(first: IntArray, stop: IntArray, block: int) -> bool:
 
 def take_turns(
     items: NDArray[np.int32], runs: NDArray[np.int32], early_runs: IntArray, block: int, total_columns: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], IntArray]:
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], IntArray] | None:
     """Runs cut such that all tiles of one come after the same item, the items that walk them, and whom each run comes after.
 
     Args:
@@ -78,9 +82,10 @@ def take_turns(
 
     Returns:
         items, runs, early_runs, and between them (runs,) the first row of the item that adds before, + 1; 0: the run comes after nobody.
+        None: an item visits a tile twice, and which visit comes first depends on the way that it walks.
     """
     last = np.zeros(total_columns + block, np.int32)
-    pieces: list[tuple[int, int, int, int]] = []
+    pieces: list[tuple[int, int, int, int, int]] = []
     table = runs[:, :2].tolist()
 
     def cut(run: int, n_tiles: int, row: int) -> Iterator[int]:
@@ -90,7 +95,7 @@ def take_turns(
             visited = last[col : col + count * block : block]
             ends = [*(np.flatnonzero(visited[1:] != visited[:-1]) + 1).tolist(), count]
             for begin, end in zip([0, *ends[:-1]], ends, strict=True):
-                pieces.append((run, col + begin * block, end - begin, int(visited[begin])))
+                pieces.append((run, col + begin * block, end - begin, int(visited[begin]), row + 1))
             visited[:] = row + 1
             n_tiles -= count
             run += 1
@@ -104,7 +109,9 @@ def take_turns(
         early_runs[number] = reached[early_runs[number]] - begin
         item[INTERIOR_RUN] = len(pieces)
         deque(cut(interior_run, interior_tiles, row), maxlen=0)
-    found = np.array(pieces, np.int64).reshape(-1, 4)
+    found = np.array(pieces, np.int64).reshape(-1, 5)
+    if (found[:, 3] == found[:, 4]).any():
+        return None
     found_runs = runs[np.append(found[:, 0], len(runs) - 1)]
     found_runs[:-1, :2] = found[:, 1:3]
     return items, found_runs, np.append(found[:, 3], 0).astype(np.int32), early_runs

@@ -75,7 +75,7 @@ class Stream:
         combines: (s, 4) COMBINE_FIELDS, one for each item that was split.
         afters: (m,) of a tiling in turn: whom each run comes after (`in_turn.take_turns`). Empty: of any other, where items are too short
             (`in_turn.is_worth_turns`), and where tiles that have a column in common do not begin at the same one, so that nobody can
-            tell whose turn it is.
+            tell whose turn it is, or an item visits a tile twice.
         slots: partial results, over all split items.
         heads_per_wave: of the tiling's grid; 1 without.
     """
@@ -154,7 +154,8 @@ def _in_turn(stream: Stream, tiling: Tiling, total_columns: int) -> Stream:
     """The stream with its afters, if its tiles agree and items are so long that it pays."""
     assert tiling.grid is not None
     tiles = int(stream.items[:, INTERIOR_TILES].sum() + stream.items[:, EDGE_TILES].sum())
-    if not is_worth_turns(tiles, len(stream.items), tiling.in_turn, stream.heads_per_wave, tiling.grid.programs):
+    edges_alone = int(stream.items[stream.items[:, INTERIOR_TILES] == 0, EDGE_TILES].max(initial=0))
+    if not is_worth_turns(tiles, edges_alone, len(stream.items), tiling.in_turn, stream.heads_per_wave, tiling.grid.programs):
         return stream
     runs, block = stream.runs[:-1].astype(np.int64), tiling.block_cols
     first, stop = runs[:, 0], runs[:, 0] + runs[:, 1] * block
@@ -165,7 +166,10 @@ def _in_turn(stream: Stream, tiling: Tiling, total_columns: int) -> Stream:
     late = stream.items[:, SLOT].astype(np.int64)
     if (late == TOO_LATE).any():
         return stream
-    items, cut, afters, early_runs = take_turns(stream.items, stream.runs, late // LATE_TILES, block, total_columns)
+    found = take_turns(stream.items, stream.runs, late // LATE_TILES, block, total_columns)
+    if found is None:
+        return stream
+    items, cut, afters, early_runs = found
     if early_runs.max(initial=0) >= 2**31 // LATE_TILES:
         return stream
     items[:, SLOT] = early_runs * LATE_TILES + late % LATE_TILES
@@ -262,6 +266,7 @@ def _ramps(counts: IntArray) -> IntArray:
 
 def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     """The tables of a (canonical) slice table cut by a tiling."""
+    assert not tiling.in_turn or (tiling.transposed and tiling.max_tiles is None and tiling.grid is not None)
     block = tiling.block_cols
     tiles = tile_rows(table, total_rows, tiling.rows_per_tile)
 

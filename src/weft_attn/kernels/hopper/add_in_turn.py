@@ -23,11 +23,24 @@ def turns_shape(heads: int, total_q: int) -> tuple[int, int]:
 
 @gluon.constexpr_function
 def _wait_text():
-    """PTX: read the word until it is the one that is waited for."""
+    """PTX: read the word until it is the one that is waited for; nothing is added before."""
     return (
         "{ .reg .pred come; .reg .b32 seen; "
         "LOOK${:uid}: ld.acquire.gpu.global.b32 seen, [$1]; setp.eq.s32 come, seen, $2; "
-        "vote.sync.all.pred come, come, 0xffffffff; @!come bra.uni LOOK${:uid}; mov.u32 $0, seen; }"
+        "vote.sync.all.pred come, come, 0xffffffff; @!come bra.uni LOOK${:uid}; fence.proxy.async.global; mov.u32 $0, seen; }"
+    )
+
+
+@gluon.constexpr_function
+def _leave_text():
+    """PTX: wait until what was added has arrived, then write the word.
+
+    The copy engine's completion is a promise to the thread that asked for it. To make it one to all who read the word takes both fences, that
+    between the copy engine and the rest and the release; without them sums of distant programs came in another order now and then.
+    """
+    return (
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.warp.sync 0xffffffff; "
+        "st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0;"
     )
 
 
@@ -73,14 +86,7 @@ def _add_tiles(p, exchange, turns, step, run, n_tiles, direction, first_head, fi
             add_box(exchange.dq_sum_desc, [row + FIRST_ROW, FIRST_COLUMN], smem)
             tma.store_wait(pendings=0)
             mbarrier.arrive(exchange.empty.index(CONSUMER), count=1)
-            gl.inline_asm_elementwise(
-                "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0;",
-                "=r,l,r",
-                [word, first_key + 1],
-                dtype=gl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            gl.inline_asm_elementwise(_leave_text(), "=r,l,r", [word, first_key + 1], dtype=gl.int32, is_pure=False, pack=1)
             step += 1
         run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
     return step

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from weft_attn.errors import require
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.add_in_turn import Turns, add_in_turn
 from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
@@ -196,6 +197,12 @@ def hopper_backward_call(
     kv_heads = k.shape[1]
     # Three consumers share 64 keys.
     is_wide = config.cut[0] == ROWS.value
+    require(
+        (turns is None) == (afters is None) and (turns is None or (dq_sum is not None and not is_wide)),
+        "programs add in turn to dq_sum, with two consumers",
+        expected="turns and afters, and dq_sum, for head dims that two consumers share",
+        given=f"turns {turns is not None}, afters {afters is not None}, dq_sum {dq_sum is not None}, head dim {q.shape[2]}",
+    )
     columns = DQ_COLUMNS.value if is_wide else dq_columns(config.block_q, q.shape[2])
     return KernelCall(
         kernel=hopper_backward_kernel,

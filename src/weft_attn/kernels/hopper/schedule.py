@@ -1,6 +1,6 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
-The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it and then
+The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it (`OneByOne`: with the next) and then
 takes numbers from a counter in global memory; only the producer asks, ahead of the turn, and tells the other warps, with the rows of
 the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
 changes no result.

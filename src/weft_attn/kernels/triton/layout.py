@@ -55,7 +55,7 @@ COMBINE_N_SLOTS = tl.constexpr(3)
 # An item's late edges are told as the number of its other edge runs times this, plus how many tiles they have.
 LATE_TILES = tl.constexpr(2**15)
 # Words that say whose turn it is, for each row of a head at most.
-MOST_TURNS = tl.constexpr(4)
+MOST_TURNS = tl.constexpr(2)
 
 # Arguments whose values follow the batch: a kernel compiled for multiples of 16 of them would be compiled again in the middle of
 # a training run.
