@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -52,6 +53,21 @@ def rows_of(case: Case, *, deterministic: bool = False, keys: float | None = Non
     found: list[LaunchConfig] = [c.config for c in choices if isinstance(c.config, HopperConfig)]
     assert found, "no row of the tables serves the case"
     return found
+
+
+def differing_numbers(run: Callable[[], list[torch.Tensor]], times: int) -> int:
+    """How many numbers of so many runs are not those of the first."""
+    first = run()
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(times):
+        for one, other in zip(run(), first, strict=True):
+            differing += (one != other).sum()
+    return int(differing)
+
+
+def takes_turns(plan: weft.Plan) -> bool:
+    """Whether programs have added in turn under the plan."""
+    return any(tiling.in_turn and len(stream.afters) for (tiling, _), stream in plan._streams.items())
 
 
 def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) -> None:
@@ -196,12 +212,9 @@ def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit(alone: bool
     case = replace(MAIN, plan="packed", head_dim=64, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan, DEVICE)
-    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
     with override(*rows_of(case, alone=alone)), torch.no_grad():
-        first = weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks)
-        for _ in range(1000):
-            differing += (weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks) != first).sum()
-    assert int(differing) == 0
+        differing = differing_numbers(lambda: [weft.plan_attention(x.q, x.k, x.v, plan, sinks=x.sinks)], 1000)
+    assert differing == 0
 
 
 @pytest.mark.parametrize(("dim", "how"), [(128, "in turn"), (64, "in turn"), (128, "in pairs"), (128, "alone")])
@@ -212,12 +225,9 @@ def test_a_thousand_runs_are_equal_to_the_bit(dim: int, how: str) -> None:
     configs = rows_of(case) if how == "in turn" else rows_of(case, deterministic=True, alone=how == "alone")
     attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, deterministic=True, return_lse=True)  # noqa: E731
     with override(*configs):
-        first = evaluate(attention, x)  # type: ignore[arg-type]
-        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-        for _ in range(1000):
-            for (_, one), (_, other) in zip(evaluate(attention, x).items(), first.items(), strict=True):  # type: ignore[arg-type]
-                differing += (one != other).sum()
-    assert int(differing) == 0
+        differing = differing_numbers(lambda: [t for _, t in evaluate(attention, x).items()], 1000)  # type: ignore[arg-type]
+    assert differing == 0
+    assert (how == "in turn") is takes_turns(plan)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "length"), [(32, 8, 256), (32, 8, 64), (32, 8, 33), (16, 16, 64), (16, 16, 33)])
@@ -232,12 +242,7 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: in
         attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, deterministic=True, return_lse=True)  # noqa: E731
         return [t for _, t in evaluate(attention, x).items()]
 
-    first = run()
-    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for _ in range(30):
-        for one, other in zip(run(), first, strict=True):
-            differing += (one != other).sum()
-    assert int(differing) == 0
+    assert differing_numbers(run, 30) == 0
 
 
 @pytest.mark.parametrize(
@@ -256,13 +261,9 @@ def test_programs_in_turn_add_in_the_same_order_every_time(plan: weft.Plan) -> N
     x = make_inputs(case, plan, DEVICE)
     attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, deterministic=True, return_lse=True)  # noqa: E731
     with override(*rows_of(case)):
-        first = evaluate(attention, x)  # type: ignore[arg-type]
-        differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
-        for _ in range(30):
-            for (_, one), (_, other) in zip(evaluate(attention, x).items(), first.items(), strict=True):  # type: ignore[arg-type]
-                differing += (one != other).sum()
-    assert int(differing) == 0
-    assert any(tiling.in_turn and len(stream.afters) for (tiling, _), stream in plan._streams.items())
+        differing = differing_numbers(lambda: [t for _, t in evaluate(attention, x).items()], 30)  # type: ignore[arg-type]
+    assert differing == 0
+    assert takes_turns(plan)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def test_device_constants_are_the_host_tables_columns() -> None:
         assert getattr(layout, f"RUN_{field.upper()}").value == stream.RUN_FIELDS.index(field)
     assert (layout.WALK_BY_ITEM.value, layout.WALK_UP_IN_EVEN.value) == (in_step.BY_ITEM, in_step.UP_IN_EVEN)
     assert layout.WALK_UP_IN_EVEN.value << 1 == in_step.UP_IN_ODD
+    assert (layout.ITEM_LATE_EDGES.value, layout.LATE_TILES.value) == (stream.ITEM_FIELDS.index("slot"), stream.LATE_TILES)
     for field in stream.COMBINE_FIELDS:
         assert getattr(layout, f"COMBINE_{field.upper()}").value == stream.COMBINE_FIELDS.index(field)
 

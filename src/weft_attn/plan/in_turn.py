@@ -54,7 +54,7 @@ def is_worth_turns(tiles: int, edges_alone: int, n_items: int, group: int, heads
 
 def tiles_agree(first: IntArray, stop: IntArray, block: int) -> bool:
     """Whether all tiles that have a column in common begin at the same one, of runs of tiles of `block` columns from `first` up to `stop`."""
-    begins, ends, phases = [], [], []
+    begins, ends = [], []
     for phase in np.unique(first % block):
         of_phase = np.flatnonzero(first % block == phase)
         of_phase = of_phase[np.argsort(first[of_phase], kind="stable")]
@@ -62,7 +62,6 @@ def tiles_agree(first: IntArray, stop: IntArray, block: int) -> bool:
         heads = np.flatnonzero(np.concatenate([[True], first[of_phase][1:] >= reach[:-1]]))
         begins.append(first[of_phase][heads])
         ends.append(reach[np.append(heads[1:], len(of_phase)) - 1])
-        phases.append(np.full(len(heads), phase))
     if not begins:
         return True
     begin, end = np.concatenate(begins), np.concatenate(ends)

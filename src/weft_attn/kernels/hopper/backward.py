@@ -28,7 +28,7 @@ from weft_attn.kernels.hopper.backward_wide import (
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
-from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, OneByOne, grid_of, make_schedule
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, grid_of, make_schedule
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
@@ -88,11 +88,8 @@ def hopper_backward_kernel(
     )  # fmt: skip
     N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
     IN_TURN: gl.constexpr = turns_ptr is not None
-    dealer = Alone(counter_ptr)
-    if IN_TURN:
-        dealer = OneByOne(counter_ptr)
     schedule = make_schedule(
-        dealer,
+        Alone(counter_ptr, IN_TURN),
         gl.to_tensor(n_items),
         gl.to_tensor(n_heads),
         gl.to_tensor(heads_per_wave),

@@ -4,8 +4,8 @@
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i,   dQ_i = scale * sum_j dS_ij k_j
 
 The consumers exchange dS through shared memory, each computes half of a query tile's dQ over all 128 keys, and the copy engine adds
-it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own does it for them in turn (add_in_turn.py). What a query tile holds beyond its
-slice gets zeros added. An item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not
+it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own has it added in turn
+(add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not
 of the item would reach dQ.
 """
 

@@ -150,7 +150,7 @@ def edges_of_part(part, direction, edge_run, edge_tiles, late):
 
 
 @gluon.jit
-def produce(p, memory, TAKES_TURNS: gl.constexpr):
+def produce(p, memory, IN_TURN: gl.constexpr):
     """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns."""
     KEY_TILES: gl.constexpr = memory.k.slots.STAGES
     schedule = memory.schedule
@@ -168,7 +168,7 @@ def produce(p, memory, TAKES_TURNS: gl.constexpr):
         for tile in gl.static_range(KEY_TILES):
             memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
-        if TAKES_TURNS:
+        if IN_TURN:
             late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
             for part in range(2):
                 run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)

@@ -1,6 +1,6 @@
 """Which item and head a program of a persistent grid works on next: the next in the list, taken by whoever is free first.
 
-The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it (`OneByOne`: with the next) and then
+The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it (one by one: with the next) and then
 takes numbers from a counter in global memory; only the producer asks, ahead of the turn, and tells the other warps, with the rows of
 the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
 changes no result.
@@ -47,13 +47,17 @@ class Alone:
 
     Attributes:
         counter_ptr: COUNTER_SIZE int32, zero between launches.
+        ONE_BY_ONE: a program takes its first number from the counter too. Whoever has a number then runs, and so does whoever has one
+            before it, even where the grid's programs do not all run at a time.
     """
 
     counter_ptr: gl.tensor
+    ONE_BY_ONE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, counter_ptr):
+    def __init__(self, counter_ptr, ONE_BY_ONE=False):
         self.counter_ptr = counter_ptr
+        self.ONE_BY_ONE = gl.constexpr(ONE_BY_ONE)
 
     @gluon.jit
     def programs(self):
@@ -63,6 +67,8 @@ class Alone:
     @gluon.jit
     def first(self):
         """The number that this program begins with."""
+        if self.ONE_BY_ONE:
+            return gl.atomic_add(self.counter_ptr, 1)
         return gl.program_id(0)
 
     @gluon.jit
@@ -73,47 +79,9 @@ class Alone:
     @gluon.jit
     def take(self, _turn):
         """Producer, once a turn: the number of the turn after this one."""
+        if self.ONE_BY_ONE:
+            return gl.atomic_add(self.counter_ptr, 1)
         return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
-
-    @gluon.jit
-    def meet(self):
-        """Nobody."""
-
-
-@aggregate
-class OneByOne:
-    """As `Alone`, but a program takes its first number from the counter too: whoever has a number runs, and so does whoever has one
-    before it, even where the grid's programs do not all run at a time.
-
-    Attributes:
-        counter_ptr: COUNTER_SIZE int32, zero between launches.
-    """
-
-    counter_ptr: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, counter_ptr):
-        self.counter_ptr = counter_ptr
-
-    @gluon.jit
-    def programs(self):
-        """How many walk the list."""
-        return gl.num_programs(0)
-
-    @gluon.jit
-    def first(self):
-        """The number that this program begins with."""
-        return gl.atomic_add(self.counter_ptr, 1)
-
-    @gluon.jit
-    def head(self, place):
-        """The head at a place in the list."""
-        return place
-
-    @gluon.jit
-    def take(self, _turn):
-        """Producer, once a turn: the number of the turn after this one."""
-        return gl.atomic_add(self.counter_ptr, 1)
 
     @gluon.jit
     def meet(self):
@@ -133,7 +101,7 @@ class Schedule:
         PRODUCER_WARPS: of the producer; a consumer has four.
     """
 
-    dealer: Alone | OneByOne | Pair
+    dealer: Alone | Pair
     n_items: gl.tensor
     n_heads: gl.tensor
     heads_per_wave: gl.tensor
