@@ -139,3 +139,17 @@ def test_short_items_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     tiling = Tiling(128, 64, transposed=True, masks_ragged=True, in_turn=4, grid=Grid(132, 8))
     assert len(host_stream(few_rows, tiling).afters) == 0
     assert len(host_stream(many_rows, tiling).afters) > 0
+
+
+def test_runs_that_are_cut_count_as_many_before_the_late_ones() -> None:
+    """Item 32 comes after item 0 at one of its two early tiles: two runs, and the late one is the third."""
+    runs = np.zeros((4, 8), np.int32)
+    runs[:3, :2] = [[0, 1], [0, 2], [64, 1]]
+    items = np.array([[0, 32, 0, 0, 0, 1, 0, 0], [32, 32, 0, 0, 1, 3, 0, 0]], np.int32)
+    found = in_turn.take_turns(items, runs, np.array([1, 1]), BLOCK, 96)
+    assert found is not None
+    cut_items, cut, afters, early_runs = found
+    assert cut[:, :2].tolist() == [[0, 1], [0, 1], [16, 1], [64, 1], [0, 0]]
+    assert afters.tolist() == [0, 1, 0, 0, 0]
+    assert early_runs.tolist() == [1, 2]
+    assert cut_items[:, 4].tolist() == [0, 1]
