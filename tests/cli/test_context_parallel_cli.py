@@ -85,6 +85,7 @@ def test_a_run_without_torchrun_says_how_to_start_one(monkeypatch: pytest.Monkey
         ("--groups", "0"),
         ("--groups", "1+7"),
         ("--work", "short"),
+        ("--work", "long", "--write-rates", "rates.json"),
         ("--device", "cuda:1"),
     ],
 )

@@ -245,8 +245,36 @@ def test_workloads_are_chosen_by_name():
         assert sorted(parts[0] + parts[1]) == sorted(lengths(None, quick=quick))
     assert lengths("long") == [(32768,)]
     assert context_parallel.chosen_work("long") == "long"
-    with pytest.raises(InvalidInput, match="workloads"):
+    assert lengths(context_parallel.LINKS) == []
+    with pytest.raises(InvalidInput, match="has a name"):
         context_parallel.chosen_work("short")
+
+
+def parts_of_a_run(rank: int, world_size: int) -> dict[str | None, list[tuple[bool, str]]]:
+    """For each name of work the records' cases, and whether they are of the collectives."""
+
+    def parts(work: str | None) -> list[tuple[bool, str]]:
+        batches = context_parallel.run_group(request(work=work, check=False), CPU)
+        return sorted({(r.bytes_received is not None, r.case) for batch in batches for r in batch})
+
+    return {work: parts(work) for work in (None, context_parallel.LINKS, "long", "packings")}
+
+
+def test_the_collectives_are_measured_alone_or_left_out():
+    found, _ = run_ranks(parts_of_a_run, 2)
+    links, long, packings = found[context_parallel.LINKS], found["long"], found["packings"]
+    assert links and all(of_link for of_link, _ in links)  # noqa: PT018
+    assert long and packings and not any(of_link for of_link, _ in long + packings)  # noqa: PT018
+    assert found[None] == sorted(links + long + packings)
+
+
+def links_of_one_rank(rank: int, world_size: int) -> None:
+    list(context_parallel.run_group(request(work=context_parallel.LINKS), CPU))
+
+
+def test_one_rank_has_no_collectives_to_measure():
+    with pytest.raises(Unsupported, match="one rank"):
+        run_ranks(links_of_one_rank, 1)
 
 
 @pytest.mark.parametrize(("batch", "why"), [(1, "2 x ranks divides"), (2, "zigzag layout")])

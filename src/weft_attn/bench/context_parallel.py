@@ -37,6 +37,8 @@ from weft_attn.testing.compare import Budget
 
 SUITE = "cp"
 ITERATIONS = "it/s"
+# The name, beside those of workloads, of the collectives alone.
+LINKS = "links"
 
 PEERS: tuple[GroupPeer, ...] = (*TWO_CALLS, ZigzagRing())
 
@@ -67,8 +69,9 @@ def chosen_groupings(wanted: Sequence[str] | None) -> list[Grouping]:
 
 
 def chosen_work(name: str | None) -> str | None:
-    """Raises InvalidInput: no name of workloads."""
-    require(name in (None, *WORK), "workloads are known", expected=f"one of {list(WORK)}", given=repr(name))
+    """Raises InvalidInput: neither LINKS nor a name of workloads."""
+    known = (LINKS, *WORK)
+    require(name in (None, *known), "what is measured has a name", expected=f"one of {list(known)}", given=repr(name))
     return name
 
 
@@ -81,7 +84,7 @@ class Request:
         device_name: "cuda" (each rank its own GPU) or "cpu".
         layout, max_gather_bytes: as `ContextParallel` takes them.
         groupings: groups of KV heads to try beside what Weft chooses; a case whose cap or heads do not allow one leaves it out.
-        work: "packings" or "long": only these workloads; None: all.
+        work: LINKS: only the collectives; "packings" or "long": only these workloads; None: all of it.
         check: whether results are checked before they are timed.
         quick: tiny workloads.
     """
@@ -116,7 +119,11 @@ def rank_device(device_name: str) -> torch.device:
 
 
 def run_group(request: Request, device: torch.device, notify: Notify = silent) -> Batches:
-    """The records of the collectives, then of one workload after the other; collective."""
+    """The records of the collectives, then of one workload after the other, as far as they are asked for; collective.
+
+    Raises:
+        Unsupported: the collectives alone, of one rank.
+    """
     environment = environment_of(device)
     parallel = weft.ContextParallel(layout=request.layout, max_gather_bytes=request.max_gather_bytes)
     chosen = workloads(
@@ -127,7 +134,9 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
         max_gather_bytes=request.max_gather_bytes,
         work=request.work,
     )
-    if parallel.world_size > 1:
+    if parallel.world_size == 1 and request.work == LINKS:
+        raise Unsupported("one rank has no collectives: expected two ranks or more with --work links, given one")
+    if parallel.world_size > 1 and request.work in (None, LINKS):
         notify("collectives alone")
         yield link_records(request, device, environment)
     for workload in chosen:

@@ -72,7 +72,7 @@ class Workload:
 def workloads(
     model: Model, world_size: int, *, quick: bool, layout: str, max_gather_bytes: int | None, work: str | None = None
 ) -> list[Workload]:
-    """What `weft bench cp` measures: the packings, then one long document; or only those of a name in WORK."""
+    """What `weft bench cp` measures: the packings, then one long document; or only those of a name in WORK, none of another."""
     known: Mapping[str, tuple[tuple[int, ...], ...]] = QUICK_WORK if quick else WORK
     return [
         Workload(tuple(length * world_size for length in lengths), world_size, model, layout, max_gather_bytes)

@@ -12,6 +12,7 @@ import typer
 from weft_attn.bench import cases, context_parallel, group_report, measured_rates, rates, report, timing
 from weft_attn.bench.records import GroupRecord
 from weft_attn.distributed.process_group import process_group
+from weft_attn.errors import require
 from weft_attn.outputs import require_writable
 
 
@@ -22,7 +23,12 @@ def bench_cp(
         str | None,
         typer.Option(help="also in other groups of KV heads, comma-separated: 4 (equal ones), 1+6+1 (a backward's launches)"),
     ] = None,
-    work: Annotated[str | None, typer.Option(help='only "packings" of 8K tokens a GPU, or only the "long" document')] = None,
+    work: Annotated[
+        str | None,
+        typer.Option(
+            help='only the "packings" of 8K tokens a GPU, only the "long" document, or only the "links": collectives alone'
+        ),
+    ] = None,
     head_dim: Annotated[int | None, typer.Option()] = None,
     heads: Annotated[int | None, typer.Option(help="query heads")] = None,
     kv_heads: Annotated[int | None, typer.Option()] = None,
@@ -53,6 +59,12 @@ def bench_cp(
         work=context_parallel.chosen_work(work),
         check=check,
         quick=quick,
+    )
+    require(
+        write_rates is None or work is None,
+        "rates are those of kernels and of collectives",
+        expected="--write-rates without --work",
+        given=f"--work {work}",
     )
     records: list[GroupRecord] = []
     own_device = context_parallel.rank_device(device)
