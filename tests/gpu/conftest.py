@@ -25,6 +25,13 @@ def _unwritten_is_nan(nan_memory: None) -> None:
     """Every GPU test runs with outputs that hold NaN until a kernel writes them."""
 
 
+@pytest.fixture(autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """Several processes share the GPU, and what one of them keeps for its next test is missing in another's."""
+    yield
+    torch.cuda.empty_cache()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _compiled_kernels_and_exact_baselines() -> Iterator[None]:
     from weft_attn.ops import kernels_interpreted

@@ -3,8 +3,8 @@
     P_ij = exp2(s_ij - lse_log2_i),   dV_j = sum_i P_ij dout_i
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i,   dQ_i = scale * sum_j dS_ij k_j
 
-The consumers exchange dS through shared memory, each computes half of a query tile's dQ over all 128 keys, and the copy engine adds
-it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own has it added in turn
+The consumers exchange dS through shared memory, each computes half of a query tile's dQ over all 128 keys, in the step of its dS or in the
+step after (`Exchange.IS_LATE`), and the copy engine adds it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own has it added in turn
 (add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not
 of the item would reach dQ.
 """
@@ -36,6 +36,9 @@ from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
 from weft_attn.kernels.triton.visibility import first_tile, first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
 
+# No row: nothing is added.
+NOWHERE = gl.constexpr(-1)
+
 
 @aggregate
 class Exchange:
@@ -44,9 +47,11 @@ class Exchange:
     Attributes:
         dq_sum_desc: boxes of a consumer's half of a query tile's dQ.
         dscores: (2 * CONSUMERS, ROWS, BLOCK_Q) dS of a step, a tile of each consumer, twice in turn.
-        there: barrier: both tiles of a step are written.
+        there: barrier: both tiles of a step are written; where dQ is late also: and those of the step before are read.
         dq: (CONSUMERS, rows, columns) float32, each consumer's half on its way out.
         full, empty: (CONSUMERS, 1) barriers: where programs add in turn, a half is there, and has left (add_in_turn.py).
+        IS_LATE: a step multiplies dQ of the step before. No consumer waits for the other one's dS then, and the weights of one are made
+            while the products of the other run (docs/adr/0025).
     """
 
     dq_sum_desc: tma.tensor_descriptor
@@ -56,12 +61,14 @@ class Exchange:
     full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     IN_TURN: gl.constexpr
+    IS_LATE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, dq_sum_desc, dscores, there, dq, full, empty, IN_TURN):
+    def __init__(self, dq_sum_desc, dscores, there, dq, full, empty, IN_TURN, IS_LATE):
         self.dq_sum_desc, self.dscores, self.there, self.dq = dq_sum_desc, dscores, there, dq
         self.full, self.empty = full, empty
         self.IN_TURN = gl.constexpr(IN_TURN)
+        self.IS_LATE = gl.constexpr(IS_LATE)
 
 
 @gluon.constexpr_function
@@ -84,16 +91,17 @@ def make_exchange(p, dq_sum_desc, IN_TURN: gl.constexpr):
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.init(full.index(consumer), count=1)
             mbarrier.init(empty.index(consumer), count=1)
-    return Exchange(dq_sum_desc, dscores, there, make_tiles(dq_sum_desc, CONSUMERS), full, empty, IN_TURN)
+    dq = make_tiles(dq_sum_desc, CONSUMERS)
+    return Exchange(dq_sum_desc, dscores, there, dq, full, empty, IN_TURN, p.BLOCK_Q > ROWS)
 
 
 @gluon.jit
 def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
-    """Start this consumer's half of the step's dQ."""
+    """Start this consumer's half of a step's dQ."""
     COLUMNS: gl.constexpr = dq_columns(p.BLOCK_Q, p.HEAD_DIM)
     dq = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
     for owner in gl.static_range(CONSUMERS):
-        dscores = exchange.dscores.index(step % 2 * CONSUMERS + owner)
+        dscores = exchange.dscores.index((step & 1) * CONSUMERS + owner)
         keys = k_tiles.index(owner + zero)
         if p.BLOCK_Q > ROWS:
             dscores = dscores.slice(CONSUMER * ROWS, ROWS, dim=1)
@@ -105,24 +113,38 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
-    """Send this consumer's half of a query tile's dQ to be added, and zeros from the tile's n_valid-th row on."""
+    """Send this consumer's half of a step's dQ to be added, and zeros from the tile's n_valid-th row on; to NOWHERE: it was sent before."""
     if IS_MASKED:
         FIRST: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
         dq = zero_rows(dq, n_valid - FIRST, product_layout(dq.shape[1]))
     smem = exchange.dq.index(CONSUMER)
-    # The last step's must have left before this one comes.
+    # The last one that was sent must have left before this one comes.
     if exchange.IN_TURN:
-        mbarrier.wait(exchange.empty.index(CONSUMER), (step & 1) ^ 1)
+        phase = (step & 1) ^ 1
+        if exchange.IS_LATE:
+            phase = gl.where(row >= 0, phase, phase ^ 1)
+        mbarrier.wait(exchange.empty.index(CONSUMER), phase)
     else:
         tma.store_wait(pendings=0)
     smem.store(exchange_pairs(dq))
     fence_async_shared()
     if exchange.IN_TURN:
-        mbarrier.arrive(exchange.full.index(CONSUMER), count=1)
-    elif p.BLOCK_Q > ROWS:
-        add_box(exchange.dq_sum_desc, [row + CONSUMER * ROWS, 0], smem)
-    else:
-        add_box(exchange.dq_sum_desc, [row, CONSUMER * dq_columns(p.BLOCK_Q, p.HEAD_DIM)], smem)
+        mbarrier.arrive(exchange.full.index(CONSUMER), count=1, pred=row >= 0)
+    elif row >= 0 or not exchange.IS_LATE:
+        if p.BLOCK_Q > ROWS:
+            add_box(exchange.dq_sum_desc, [row + CONSUMER * ROWS, 0], smem)
+        else:
+            add_box(exchange.dq_sum_desc, [row, CONSUMER * dq_columns(p.BLOCK_Q, p.HEAD_DIM)], smem)
+
+
+@gluon.jit
+def _add_last(p, memory, exchange, step, zero, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
+    """Where dQ is late: that of a loop's last step, the one before `step`; NOWHERE: the loop had none."""
+    if row >= 0:
+        mbarrier.wait(exchange.there, (step - 1) & 1)
+        dq = _multiply_dq(p, exchange, step - 1, memory.k.tiles, zero, CONSUMER)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        _add_dq(p, exchange, dq, step - 1, row, n_valid, IS_MASKED, CONSUMER)
 
 
 @gluon.jit
@@ -137,7 +159,10 @@ def _accumulate_tile(
     p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, n_valid, row,
     IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head into dk_acc and dv_acc, (64 keys, D) float32, and into dq_sum; the next step's scores with them."""
+    """One query tile of one head into dk_acc and dv_acc, (64 keys, D) float32, and into dq_sum; the next step's scores with them.
+
+    n_valid, row: of the dQ that is added, that of the step before where it is late.
+    """
     acc_layout: gl.constexpr = product_layout(p.HEAD_DIM)
     slot = step % memory.slots.STAGES
     q_tile = memory.q.index(slot)
@@ -151,20 +176,29 @@ def _accumulate_tile(
     dprobs = warpgroup_mma_wait(0, deps=[dprobs])
     dscores = differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED)
     dscores_operand = as_operand(dscores, p.q_desc.dtype, acc_layout)
+    dq_step = step
+    if exchange.IS_LATE:
+        dq_step = step - 1
+        mbarrier.wait(exchange.there, dq_step & 1)
     # What lay here two steps ago was read before the other consumer came to the last step's barrier.
-    exchange.dscores.index(step % 2 * CONSUMERS + CONSUMER).store(dscores)
+    exchange.dscores.index((step & 1) * CONSUMERS + CONSUMER).store(dscores)
     fence_async_shared()
-    mbarrier.arrive(exchange.there, count=1)
+    if not exchange.IS_LATE:
+        mbarrier.arrive(exchange.there, count=1)
     # A product with a register operand holds its warps until it runs: not before dS is on its way.
     dv_acc = warpgroup_mma(probs_operand, dout_tile, dv_acc, is_async=True)
-    mbarrier.wait(exchange.there, step & 1)
-    dq = _multiply_dq(p, exchange, step, memory.k.tiles, zero, CONSUMER)
+    if not exchange.IS_LATE:
+        mbarrier.wait(exchange.there, dq_step & 1)
+    # In a loop's first step once more that of the last one, for nothing: a branch here would keep products from overlapping.
+    dq = _multiply_dq(p, exchange, dq_step, memory.k.tiles, zero, CONSUMER)
     # Behind dQ, which leaves while this product and the next step's first one run.
     dk_acc = warpgroup_mma(dscores_operand, q_tile, dk_acc, is_async=True)
     # The operands too: their registers are read until the products are done.
     dq, dv_acc, _ = warpgroup_mma_wait(1, deps=[dq, dv_acc, probs_operand])
-    _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED, CONSUMER)
-    # After the item's last step its own once more, for nothing: a branch here would keep products from overlapping.
+    if exchange.IS_LATE:
+        mbarrier.arrive(exchange.there, count=1)
+    _add_dq(p, exchange, dq, dq_step, row, n_valid, IS_MASKED, CONSUMER)
+    # After the item's last step its own once more, for nothing, as above.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero, CONSUMER)
     dk_acc, next_scores, _ = warpgroup_mma_wait(0, deps=[dk_acc, next_scores, dscores_operand])
     memory.slots.release(step)
@@ -177,18 +211,25 @@ def _walk_edges(
     run, col, left, n_tiles, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """So many edge tiles, from the one at `col`."""
+    late_row = NOWHERE
+    late_valid = 0
     for _ in range(n_tiles):
         first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
         for member in range(p.GROUP):
             zero = zero * 3
             row = (first_head + member) * p.stride_stats_h + col
             cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
+            n_valid = col_stop - col
             scores, dk_acc, dv_acc = _accumulate_tile(
-                p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col, col_stop - col,
-                row, True, CONSUMER,
+                p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, first, stop, col,
+                late_valid if exchange.IS_LATE else n_valid, late_row if exchange.IS_LATE else row, True, CONSUMER,
             )  # fmt: skip
+            late_row = row
+            late_valid = n_valid
             step += 1
         run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+    if exchange.IS_LATE:
+        _add_last(p, memory, exchange, step, zero, late_row, late_valid, True, CONSUMER)
     return step, cleaned, zero, scores, dk_acc, dv_acc
 
 
@@ -199,16 +240,20 @@ def _walk_interior(
 ):  # fmt: skip
     """So many interior tiles, each run from its one end or the other."""
     col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
+    late_row = NOWHERE
     for _ in range(n_tiles):
         for member in range(p.GROUP):
             zero = zero * 3
             row = (first_head + member) * p.stride_stats_h + col
             scores, dk_acc, dv_acc = _accumulate_tile(
                 p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, rows, col, p.BLOCK_Q,
-                row, False, CONSUMER,
+                late_row if exchange.IS_LATE else row, False, CONSUMER,
             )  # fmt: skip
+            late_row = row
             step += 1
         run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
+    if exchange.IS_LATE:
+        _add_last(p, memory, exchange, step, zero, late_row, p.BLOCK_Q, False, CONSUMER)
     return step, zero, scores, dk_acc, dv_acc
 
 
