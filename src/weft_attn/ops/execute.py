@@ -405,7 +405,7 @@ def _prepare_all(
 
 def _reads_statistics_in_boxes(config: StreamConfig | HopperConfig) -> bool:
     """Whether a kernel that walks by keys reads row statistics through the copy engine, from shifted copies."""
-    return isinstance(config, HopperConfig) or config.use_tma
+    return isinstance(config, StreamConfig) and config.use_tma
 
 
 def _gradient_step(

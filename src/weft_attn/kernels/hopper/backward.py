@@ -2,7 +2,7 @@
 
 A producer warp group feeds the consumers (by_keys.py): two that own 64 keys of one KV head each, backward_dkdv.py or
 backward_fused.py, or above head dim 128 three that share 64 keys, backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16,
-D 64 or 128, with dq_sum also 256; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in their own dtype;
+D 64 or 128, with dq_sum also 256; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py; dk, dv (Tk, Hkv, D) in their own dtype;
 dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order or in turn (add_in_turn.py).
 Deterministic without dq_sum, and in turn.
 """
@@ -29,7 +29,7 @@ from weft_attn.kernels.hopper.backward_wide import (
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, grid_of, make_schedule
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box, vector_box
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 
@@ -41,8 +41,8 @@ def hopper_backward_kernel(
     v_desc,
     dout_desc,
     dq_sum_desc,
-    lse_log2_desc,
-    delta_desc,
+    lse_log2_ptr,
+    delta_ptr,
     dk_ptr,
     dv_ptr,
     items_ptr,
@@ -55,7 +55,6 @@ def hopper_backward_kernel(
     stride_dkh,
     stride_dvt,
     stride_dvh,
-    stride_stats_copy,
     stride_stats_h,
     n_items,
     n_heads,
@@ -80,10 +79,10 @@ def hopper_backward_kernel(
 ):
     # An integer that is 1 comes as a constant.
     p = Problem(
-        q_desc, k_desc, v_desc, dout_desc, lse_log2_desc, delta_desc, dk_ptr, dv_ptr, items_ptr, runs_ptr,
+        q_desc, k_desc, v_desc, dout_desc, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, runs_ptr,
         gl.to_tensor(stride_qh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh), gl.to_tensor(stride_doh),
         gl.to_tensor(stride_dkt), gl.to_tensor(stride_dkh), gl.to_tensor(stride_dvt), gl.to_tensor(stride_dvh),
-        gl.to_tensor(stride_stats_copy), gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
+        gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
     N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
@@ -210,8 +209,8 @@ def hopper_backward_call(
             v_desc=head_box(v, ROWS.value),
             dout_desc=head_box(dout, config.block_q),
             dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, columns),
-            lse_log2_desc=vector_box(lse_log2, config.block_q),
-            delta_desc=vector_box(delta, config.block_q),
+            lse_log2_ptr=lse_log2,
+            delta_ptr=delta,
             dk_ptr=dk,
             dv_ptr=dv,
             items_ptr=items,
@@ -224,7 +223,6 @@ def hopper_backward_call(
             stride_dkh=dk.stride(1),
             stride_dvt=dv.stride(0),
             stride_dvh=dv.stride(1),
-            stride_stats_copy=lse_log2.stride(0),
             stride_stats_h=q.shape[0],
             n_items=n_items,
             n_heads=kv_heads,

@@ -2,17 +2,18 @@
 
 Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (keys of one KV head in tiles of
 64). The query heads of a group are walked inside each tile, edge tiles before interior ones (in turn: `edges_of_part`), and these in the schedule's direction.
-q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta in shifted copies (triton/delta.py); dk, dv (Tk, Hkv, D) in
+q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py; dk, dv (Tk, Hkv, D) in
 their own dtype.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 from weft_attn.kernels.hopper.schedule import Schedule, load_item
+from weft_attn.kernels.hopper.statistics import load_statistics, make_statistics, read_statistics
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -37,8 +38,8 @@ class Problem:
     k_desc: tma.tensor_descriptor
     v_desc: tma.tensor_descriptor
     dout_desc: tma.tensor_descriptor
-    lse_log2_desc: tma.tensor_descriptor
-    delta_desc: tma.tensor_descriptor
+    lse_log2_ptr: gl.tensor
+    delta_ptr: gl.tensor
     dk_ptr: gl.tensor
     dv_ptr: gl.tensor
     items_ptr: gl.tensor
@@ -51,7 +52,6 @@ class Problem:
     stride_dkh: gl.tensor
     stride_dvt: gl.tensor
     stride_dvh: gl.tensor
-    stride_stats_copy: gl.tensor
     stride_stats_h: gl.tensor
     zero: gl.tensor
     softmax_scale: gl.tensor
@@ -64,17 +64,17 @@ class Problem:
 
     @gluon.constexpr_function
     def __init__(
-        self, q_desc, k_desc, v_desc, dout_desc, lse_log2_desc, delta_desc, dk_ptr, dv_ptr, items_ptr, runs_ptr,
+        self, q_desc, k_desc, v_desc, dout_desc, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, runs_ptr,
         stride_qh, stride_kh, stride_vh, stride_doh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
-        stride_stats_copy, stride_stats_h, zero, softmax_scale, inner_scale, outer_scale,
+        stride_stats_h, zero, softmax_scale, inner_scale, outer_scale,
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = q_desc, k_desc, v_desc, dout_desc
-        self.lse_log2_desc, self.delta_desc = lse_log2_desc, delta_desc
+        self.lse_log2_ptr, self.delta_ptr = lse_log2_ptr, delta_ptr
         self.dk_ptr, self.dv_ptr, self.items_ptr, self.runs_ptr = dk_ptr, dv_ptr, items_ptr, runs_ptr
         self.stride_qh, self.stride_kh, self.stride_vh, self.stride_doh = stride_qh, stride_kh, stride_vh, stride_doh
         self.stride_dkt, self.stride_dkh, self.stride_dvt, self.stride_dvh = stride_dkt, stride_dkh, stride_dvt, stride_dvh
-        self.stride_stats_copy, self.stride_stats_h = stride_stats_copy, stride_stats_h
+        self.stride_stats_h = stride_stats_h
         self.zero = zero
         self.softmax_scale, self.inner_scale, self.outer_scale = softmax_scale, inner_scale, outer_scale
         self.GROUP = gl.constexpr(GROUP)
@@ -112,23 +112,22 @@ class Memory:
 
 
 @gluon.jit
-def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
+def _load_queries(p, memory, step, kv_head, run, n_tiles, direction, WARPS: gl.constexpr):
     """Ask for the query tiles of one stream, each of all heads of the group; the step after them."""
     DOUT_BYTES: gl.constexpr = p.dout_desc.block_type.nbytes
-    N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + 8 * p.BLOCK_Q + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
+    N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
     col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
     for _ in range(n_tiles):
         for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
+            # Asked for before the slot is free, so that nobody waits for them.
+            lse_log2, delta = load_statistics(p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, WARPS)
             slot, full = memory.slots.acquire(step, N_BYTES)
             load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
             if not memory.IS_DOUT_APART:
                 load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
-            # The shifted copy in which this element is 16-byte aligned, see triton/delta.py.
-            element = head * p.stride_stats_h + col
-            copy = element % 4
-            start = copy * p.stride_stats_copy + element - copy
-            load_box(p.lse_log2_desc, [start], full, memory.lse_log2.index(slot))
-            load_box(p.delta_desc, [start], full, memory.delta.index(slot))
+            memory.lse_log2.index(slot).store(lse_log2)
+            memory.delta.index(slot).store(delta)
+            mbarrier.arrive(full, count=1)
             if memory.IS_DOUT_APART:
                 dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
                 load_box(p.dout_desc, [col, head * p.stride_doh], dout_full, memory.dout.index(dout_slot))
@@ -153,6 +152,7 @@ def edges_of_part(part, direction, edge_run, edge_tiles, late):
 def produce(p, memory, IN_TURN: gl.constexpr):
     """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns."""
     KEY_TILES: gl.constexpr = memory.k.slots.STAGES
+    WARPS: gl.constexpr = 1 if IN_TURN else 4
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -172,17 +172,19 @@ def produce(p, memory, IN_TURN: gl.constexpr):
             late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
             for part in range(2):
                 run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-                step = _load_queries(p, memory, step, kv_head, run, tiles, 1)
+                step = _load_queries(p, memory, step, kv_head, run, tiles, 1, WARPS)
                 if is_short & (part == 0):
                     # After the tiles that this turn begins with.
                     schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-                step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
+                step = _load_queries(
+                    p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction, WARPS
+                )
         else:
-            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
+            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1, WARPS)
             if is_short:
                 # After the tiles that this turn begins with.
                 schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
+            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction, WARPS)
         if not is_short:
             number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
@@ -203,13 +205,13 @@ def make_memory(
     IS_DOUT_APART: gl.constexpr = DOUT_STAGES > 0
     k = make_ring(p.k_desc, KEY_TILES, KEY_READERS)
     v = make_ring(p.v_desc, KEY_TILES, 1)
-    slots = make_slots(STAGES, CONSUMERS)
+    slots = make_slots(STAGES, CONSUMERS, 2)
     dout_slots = slots
     if IS_DOUT_APART:
         dout_slots = make_slots(DOUT_STAGES, CONSUMERS)
     return Memory(
         schedule, k, v, slots, dout_slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, dout_slots.STAGES),
-        make_tiles(p.lse_log2_desc, STAGES), make_tiles(p.delta_desc, STAGES), IS_DOUT_APART,
+        make_statistics(p.BLOCK_Q, STAGES), make_statistics(p.BLOCK_Q, STAGES), IS_DOUT_APART,
     )  # fmt: skip
 
 
@@ -238,7 +240,7 @@ def multiply_queries(p, own, queries):
 @gluon.jit
 def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
     """P of a tile of products, and the capped scores; zero where not `seen`."""
-    lse_log2 = memory.lse_log2.index(slot).load(gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
+    lse_log2 = read_statistics(memory.lse_log2.index(slot), p.BLOCK_Q)
     if p.HAS_SOFTCAP:
         scores = cap_scores(scores, p.inner_scale)
     probs = gl.exp2(scores * p.outer_scale - lse_log2[None, :])
@@ -250,7 +252,7 @@ def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
 @gluon.jit
 def differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED: gl.constexpr):
     """dS of a tile in the input dtype; zero where not `seen`, whatever dP is there."""
-    delta = memory.delta.index(slot).load(gl.SliceLayout(0, product_layout(p.BLOCK_Q)))
+    delta = read_statistics(memory.delta.index(slot), p.BLOCK_Q)
     dscores = probs * (dprobs - delta[None, :])
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)

@@ -98,12 +98,12 @@ class Ring:
 
 
 @gluon.jit
-def make_slots(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Slots that `CONSUMERS` partitions read."""
+def make_slots(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FILLERS: gl.constexpr = 1):
+    """Slots that `CONSUMERS` partitions read, and that are filled once bytes have come as announced and all but one of `FILLERS` arrived."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=FILLERS)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
     return Slots(full, empty, STAGES)
 

@@ -30,12 +30,6 @@ def head_box(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [tokens, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [rows, dim], shared)
 
 
-def vector_box(x: torch.Tensor, length: int) -> TensorDescriptor:
-    """As `kernels.call.vector_descriptor`: boxes of `length` float32 of a contiguous tensor."""
-    shared = gl.NVMMASharedLayout(0, 32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [length], shared)
-
-
 def sum_box(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes of a contiguous (heads, tokens, dim) float32 tensor as (heads * tokens, dim)."""
     heads, tokens, dim = x.shape

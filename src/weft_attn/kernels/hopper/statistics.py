@@ -1,0 +1,80 @@
+"""Row statistics of a query tile on their way to the products of the backward kernels by keys: one float32 a query.
+
+A thread of a (64 keys, queries) product has the queries 16 i + 8 h + 2 t + b: h and b are 0 or 1, t is its lane modulo 4. In shared memory
+a tile's statistics lie by (i, t, h, b), so that a thread reads four at a time, 16 bytes. That is no order that the copy engine could make:
+the producer reads them as they lie in global memory, at any row, and writes them so (docs/adr/0026).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from weft_attn.kernels.hopper.tiles import product_layout
+
+# Queries that a warp's 32 threads have of each 16: t, h and b together.
+PERIOD = gl.constexpr(16)
+
+
+@gluon.constexpr_function
+def _as_read(queries):
+    """(i, t, h, b) as the threads of a product hold it."""
+    everyone = [0, 0, 0, 0]
+    registers = [[0, 0, 0, 1], [0, 0, 1, 0]]
+    registers += [[2**bit, 0, 0, 0] for bit in range((queries // PERIOD.value).bit_length() - 1)]
+    lanes = [[0, 1, 0, 0], [0, 2, 0, 0], everyone, everyone, everyone]
+    return gl.DistributedLinearLayout(registers, lanes, [everyone, everyone], [], [queries // PERIOD.value, 4, 2, 2])
+
+
+@gluon.constexpr_function
+def _as_written(warps):
+    """(i, t, h, b) as the producer holds it."""
+    if warps == 4:
+        return gl.BlockedLayout([1, 1, 1, 1], [2, 4, 2, 2], [4, 1, 1, 1], [3, 2, 1, 0])
+    return gl.BlockedLayout([1, 1, 1, 2], [4, 4, 2, 1], [warps, 1, 1, 1], [3, 2, 1, 0])
+
+
+@gluon.constexpr_function
+def _along(layout, dim):
+    """The layout of one of the four dimensions."""
+    for other in range(3, -1, -1):
+        if other != dim:
+            layout = gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def _numbers(SIZE: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """0, 1, ... along one of the four dimensions."""
+    numbers = gl.arange(0, SIZE, _along(LAYOUT, DIM))
+    for dim in gl.static_range(4):
+        if dim != DIM:
+            numbers = gl.expand_dims(numbers, dim)
+    return numbers
+
+
+@gluon.jit
+def make_statistics(QUERIES: gl.constexpr, STAGES: gl.constexpr):
+    """Room for a statistic of so many query tiles."""
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    return gl.allocate_shared_memory(gl.float32, [STAGES, QUERIES // PERIOD, 4, 2, 2], shared)
+
+
+@gluon.jit
+def load_statistics(lse_log2_ptr, delta_ptr, head, row, total_q, QUERIES: gl.constexpr, WARPS: gl.constexpr):
+    """Producer, of so many warps: ask for lse_log2 and delta of a head's query tile that begins at a row, as `make_statistics` holds them.
+
+    Args:
+        lse_log2_ptr, delta_ptr: (Hq, total_q) float32. Beyond the last row are zeros.
+    """
+    how: gl.constexpr = _as_written(WARPS)
+    i, t, h, b = _numbers(QUERIES // PERIOD, 0, how), _numbers(4, 1, how), _numbers(2, 2, how), _numbers(2, 3, how)
+    query = i * PERIOD + h * 8 + t * 2 + b
+    is_row = query < total_q - row
+    at = head * total_q + row + query
+    return gl.load(lse_log2_ptr + at, mask=is_row, other=0.0), gl.load(delta_ptr + at, mask=is_row, other=0.0)
+
+
+@gluon.jit
+def read_statistics(room, QUERIES: gl.constexpr):
+    """Consumer: a tile's statistic, as a row of a (64 keys, queries) product."""
+    values = room.load(_as_read(QUERIES)).permute((0, 2, 1, 3)).reshape([QUERIES])
+    return gl.convert_layout(values, gl.SliceLayout(0, product_layout(QUERIES)), assert_trivial=True)
