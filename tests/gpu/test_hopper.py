@@ -86,8 +86,9 @@ def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) ->
 
 # Tensors without rows cannot be described to the copy engine: such calls are the portable kernels'.
 @pytest.mark.parametrize("name", [name for name in PLANS if name not in ("no_rows", "no_keys")])
-def test_every_plan_matches_the_oracle(name: str) -> None:
-    check(replace(MAIN, plan=name))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_every_plan_matches_the_oracle(name: str, dim: int) -> None:
+    check(replace(MAIN, plan=name, head_dim=dim))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -255,9 +256,10 @@ def test_many_short_items_in_a_row_are_equal_to_the_bit(heads: int, kv_heads: in
     ],
     ids=["causal", "full", "window", "two documents"],
 )
-def test_programs_in_turn_add_in_the_same_order_every_time(plan: weft.Plan) -> None:
+@pytest.mark.parametrize("dim", [64, 128])
+def test_programs_in_turn_add_in_the_same_order_every_time(plan: weft.Plan, dim: int) -> None:
     """Many rounds of the grid, up and down, where programs wait for each other; without turns these gradients differ."""
-    case = replace(MAIN, heads=32, kv_heads=8)
+    case = replace(MAIN, heads=32, kv_heads=8, head_dim=dim)
     x = make_inputs(case, plan, DEVICE)
     attention = lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, deterministic=True, return_lse=True)  # noqa: E731
     with override(*rows_of(case)):

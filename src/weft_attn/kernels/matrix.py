@@ -225,7 +225,7 @@ def call_of(variant: Variant) -> KernelCall:
     from weft_attn.kernels.triton.backward_dkdv import backward_dkdv_call
     from weft_attn.kernels.triton.backward_dq import backward_dq_call
     from weft_attn.kernels.triton.combine import combine_call
-    from weft_attn.kernels.triton.delta import delta_call
+    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, stats_shape
     from weft_attn.kernels.triton.finish_dq import finish_dq_call
     from weft_attn.kernels.triton.forward import forward_call
 
@@ -275,13 +275,14 @@ def call_of(variant: Variant) -> KernelCall:
             config=config,
         )
     if isinstance(config, DeltaConfig):
+        copies = empty(*stats_shape(HEADS, TOKENS, SHIFTED_COPIES if has_all else 1), dtype=torch.float32)
         return delta_call(
             out=rows,
             dout=rows,
             lse=statistics,
             dlse=statistics if has_all else None,
-            delta=statistics,
-            lse_log2=statistics,
+            delta=copies,
+            lse_log2=copies,
             dq_sum=dq_sum if has_all else None,
             turns=table if has_all else None,
             config=config,

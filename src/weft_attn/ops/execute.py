@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import HopperBackwardDqConfig, HopperConfig, HopperForwardConfig, StreamConfig
+from weft_attn.launch.config import BackwardDkdvConfig, HopperBackwardDqConfig, HopperConfig, HopperForwardConfig, StreamConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.select import (
     DKDV_KERNELS,
@@ -85,7 +85,9 @@ def _problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, t
 
 
 def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
-    """As `problem_of`, for all kernels of a backward, so that they are chosen alike. The copy engine counts elements in int32."""
+    """As `problem_of`, for all kernels of a backward, so that they are chosen alike. The copy engine counts elements in int32, and so do kernels that
+    read statistics themselves.
+    """
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
 
     statistics = math.prod(stats_shape(q.shape[1], q.shape[0], SHIFTED_COPIES))
@@ -370,7 +372,8 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
         prepared = [prepare_backward(select_first(kernels, problem, device), plan, q, k, v) for kernels in wanted]
     steps = [Step(delta)] if total_q else []
     steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
-    by_copy_engine = any(p.config.kernel not in DQ_KERNELS and _reads_statistics_in_boxes(p.config) for p in prepared)
+    # Through the copy engine from shifted copies.
+    by_copy_engine = any(isinstance(each.config, BackwardDkdvConfig) and each.config.use_tma for each in prepared)
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
     scratch = dict(delta=Scratch(stats), lse_log2=Scratch(stats))
     if any(each.config.kernel == FUSED_KERNEL for each in prepared):
@@ -401,11 +404,6 @@ def _prepare_all(
                 return [prepared]
     chosen = select_backward(problem, device, deterministic=deterministic)
     return [prepare_backward(choice, plan, q, k, v) for choice in chosen]
-
-
-def _reads_statistics_in_boxes(config: StreamConfig | HopperConfig) -> bool:
-    """Whether a kernel that walks by keys reads row statistics through the copy engine, from shifted copies."""
-    return isinstance(config, StreamConfig) and config.use_tma
 
 
 def _gradient_step(

@@ -36,7 +36,7 @@ from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
 from weft_attn.kernels.triton.visibility import first_tile, first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
 
-# No row: nothing is added.
+# No row: nothing is added. No box may be sent there: the copy engine takes no rows below zero.
 NOWHERE = gl.constexpr(-1)
 
 
@@ -113,7 +113,7 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
-    """Send this consumer's half of a step's dQ to be added, and zeros from the tile's n_valid-th row on; to NOWHERE: it was sent before."""
+    """Send this consumer's half of a step's dQ to be added, and zeros from the tile's n_valid-th row on; to NOWHERE: nothing, it was sent before or is none."""
     if IS_MASKED:
         FIRST: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
         dq = zero_rows(dq, n_valid - FIRST, product_layout(dq.shape[1]))
@@ -122,6 +122,7 @@ def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUM
     if exchange.IN_TURN:
         phase = (step & 1) ^ 1
         if exchange.IS_LATE:
+            # Nothing is sent now: until `step`'s own, which `_add_last` sent, has left.
             phase = gl.where(row >= 0, phase, phase ^ 1)
         mbarrier.wait(exchange.empty.index(CONSUMER), phase)
     else:
@@ -139,7 +140,7 @@ def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUM
 
 @gluon.jit
 def _add_last(p, memory, exchange, step, zero, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
-    """Where dQ is late: that of a loop's last step, the one before `step`; NOWHERE: the loop had none."""
+    """Where dQ is late: send that of a loop's last step, the one before `step`; NOWHERE: the loop had no step."""
     if row >= 0:
         mbarrier.wait(exchange.there, (step - 1) & 1)
         dq = _multiply_dq(p, exchange, step - 1, memory.k.tiles, zero, CONSUMER)
@@ -176,6 +177,7 @@ def _accumulate_tile(
     dprobs = warpgroup_mma_wait(0, deps=[dprobs])
     dscores = differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED)
     dscores_operand = as_operand(dscores, p.q_desc.dtype, acc_layout)
+    # Parities by `& 1`: the step before the first is -1, and its remainder would be negative.
     dq_step = step
     if exchange.IS_LATE:
         dq_step = step - 1

@@ -112,7 +112,7 @@ class Memory:
 
 
 @gluon.jit
-def _load_queries(p, memory, step, kv_head, run, n_tiles, direction, WARPS: gl.constexpr):
+def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
     """Ask for the query tiles of one stream, each of all heads of the group; the step after them."""
     DOUT_BYTES: gl.constexpr = p.dout_desc.block_type.nbytes
     N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
@@ -120,7 +120,9 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction, WARPS: gl.c
     for _ in range(n_tiles):
         for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
             # Asked for before the slot is free, so that nobody waits for them.
-            lse_log2, delta = load_statistics(p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, WARPS)
+            lse_log2, delta = load_statistics(
+                p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS
+            )
             slot, full = memory.slots.acquire(step, N_BYTES)
             load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
             if not memory.IS_DOUT_APART:
@@ -152,7 +154,6 @@ def edges_of_part(part, direction, edge_run, edge_tiles, late):
 def produce(p, memory, IN_TURN: gl.constexpr):
     """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns."""
     KEY_TILES: gl.constexpr = memory.k.slots.STAGES
-    WARPS: gl.constexpr = 1 if IN_TURN else 4
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -172,19 +173,17 @@ def produce(p, memory, IN_TURN: gl.constexpr):
             late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
             for part in range(2):
                 run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-                step = _load_queries(p, memory, step, kv_head, run, tiles, 1, WARPS)
+                step = _load_queries(p, memory, step, kv_head, run, tiles, 1)
                 if is_short & (part == 0):
                     # After the tiles that this turn begins with.
                     schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-                step = _load_queries(
-                    p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction, WARPS
-                )
+                step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
         else:
-            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1, WARPS)
+            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
             if is_short:
                 # After the tiles that this turn begins with.
                 schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction, WARPS)
+            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
         if not is_short:
             number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
@@ -205,6 +204,7 @@ def make_memory(
     IS_DOUT_APART: gl.constexpr = DOUT_STAGES > 0
     k = make_ring(p.k_desc, KEY_TILES, KEY_READERS)
     v = make_ring(p.v_desc, KEY_TILES, 1)
+    # Filled by the copy engine, and with statistics.
     slots = make_slots(STAGES, CONSUMERS, 2)
     dout_slots = slots
     if IS_DOUT_APART:

@@ -99,7 +99,9 @@ class Ring:
 
 @gluon.jit
 def make_slots(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FILLERS: gl.constexpr = 1):
-    """Slots that `CONSUMERS` partitions read, and that are filled once bytes have come as announced and all but one of `FILLERS` arrived."""
+    """Slots that `CONSUMERS` partitions read. One is filled once `FILLERS` have arrived, of which `acquire`'s announcement is one, and what it
+    announced has come.
+    """
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 from weft_attn.kernels.hopper.tiles import product_layout
 
-# Queries that a warp's 32 threads have of each 16: t, h and b together.
+# Queries of one i: t, h and b together.
 PERIOD = gl.constexpr(16)
 
 
@@ -63,7 +63,7 @@ def load_statistics(lse_log2_ptr, delta_ptr, head, row, total_q, QUERIES: gl.con
     """Producer, of so many warps: ask for lse_log2 and delta of a head's query tile that begins at a row, as `make_statistics` holds them.
 
     Args:
-        lse_log2_ptr, delta_ptr: (Hq, total_q) float32. Beyond the last row are zeros.
+        lse_log2_ptr, delta_ptr: (Hq, total_q) float32, of fewer elements than int32 counts. Beyond the last row of the head are zeros.
     """
     how: gl.constexpr = _as_written(WARPS)
     i, t, h, b = _numbers(QUERIES // PERIOD, 0, how), _numbers(4, 1, how), _numbers(2, 2, how), _numbers(2, 3, how)
