@@ -85,8 +85,9 @@ def _problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, t
 
 
 def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
-    """As `problem_of`, for all kernels of a backward, so that they are chosen alike. The copy engine counts elements in int32, and so do kernels that
-    read statistics themselves.
+    """As `problem_of`, for all kernels of a backward, so that they are chosen alike.
+
+    The copy engine counts elements in int32, and so do kernels that read statistics themselves.
     """
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
 

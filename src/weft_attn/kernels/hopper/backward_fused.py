@@ -3,10 +3,10 @@
     P_ij = exp2(s_ij - lse_log2_i),   dV_j = sum_i P_ij dout_i
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i,   dQ_i = scale * sum_j dS_ij k_j
 
-The consumers exchange dS through shared memory, each computes half of a query tile's dQ over all 128 keys, in the step of its dS or in the
-step after (`Exchange.IS_LATE`), and the copy engine adds it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own has it added in turn
-(add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not
-of the item would reach dQ.
+The consumers exchange dS through shared memory, and each computes half of a query tile's dQ over all 128 keys, in the step of its dS or in
+the step after (`Exchange.IS_LATE`). The copy engine adds it to dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not
+deterministic; or a warp of its own has it added in turn (add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An
+item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not of the item would reach dQ.
 """
 
 from triton.experimental import gluon
@@ -113,7 +113,10 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _add_dq(p, exchange, dq, step, row, n_valid, IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr):
-    """Send this consumer's half of a step's dQ to be added, and zeros from the tile's n_valid-th row on; to NOWHERE: nothing, it was sent before or is none."""
+    """Send this consumer's half of a step's dQ to be added, and zeros from the tile's n_valid-th row on.
+
+    To NOWHERE nothing is sent: it was sent before, or there is none.
+    """
     if IS_MASKED:
         FIRST: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
         dq = zero_rows(dq, n_valid - FIRST, product_layout(dq.shape[1]))

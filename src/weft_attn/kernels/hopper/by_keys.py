@@ -1,7 +1,8 @@
 """What the Hopper backward kernels that walk the plan by keys share: their tables and tensors, their shared memory, their producer.
 
 Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (keys of one KV head in tiles of
-64). The query heads of a group are walked inside each tile, edge tiles before interior ones (in turn: `edges_of_part`), and these in the schedule's direction.
+64). The query heads of a group are walked inside each tile, edge tiles before interior ones (in turn: `edges_of_part`), and these in the
+schedule's direction.
 q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py; dk, dv (Tk, Hkv, D) in
 their own dtype.
 """

@@ -52,6 +52,12 @@ def _numbers(SIZE: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _query_of(i, t, h, b):
+    """Which query of the tile."""
+    return i * 16 + h * 8 + t * 2 + b
+
+
+@gluon.jit
 def make_statistics(QUERIES: gl.constexpr, STAGES: gl.constexpr):
     """Room for a statistic of so many query tiles."""
     shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
@@ -67,7 +73,7 @@ def load_statistics(lse_log2_ptr, delta_ptr, head, row, total_q, QUERIES: gl.con
     """
     how: gl.constexpr = _as_written(WARPS)
     i, t, h, b = _numbers(QUERIES // PERIOD, 0, how), _numbers(4, 1, how), _numbers(2, 2, how), _numbers(2, 3, how)
-    query = i * PERIOD + h * 8 + t * 2 + b
+    query = _query_of(i, t, h, b)
     is_row = query < total_q - row
     at = head * total_q + row + query
     return gl.load(lse_log2_ptr + at, mask=is_row, other=0.0), gl.load(delta_ptr + at, mask=is_row, other=0.0)
