@@ -8,7 +8,7 @@ the producer reads them as they lie in global memory, at any row, and writes the
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from weft_attn.kernels.hopper.tiles import product_layout
+from weft_attn.kernels.hopper.tiles import one_a_lane, product_layout
 
 # Queries of one i: t, h and b together.
 PERIOD = gl.constexpr(16)
@@ -24,37 +24,10 @@ def _as_read(queries):
     return gl.DistributedLinearLayout(registers, lanes, [everyone, everyone], [], [queries // PERIOD.value, 4, 2, 2])
 
 
-@gluon.constexpr_function
-def _as_written(warps):
-    """(i, t, h, b) as the producer holds it."""
-    if warps == 4:
-        return gl.BlockedLayout([1, 1, 1, 1], [2, 4, 2, 2], [4, 1, 1, 1], [3, 2, 1, 0])
-    return gl.BlockedLayout([1, 1, 1, 2], [4, 4, 2, 1], [warps, 1, 1, 1], [3, 2, 1, 0])
-
-
-@gluon.constexpr_function
-def _along(layout, dim):
-    """The layout of one of the four dimensions."""
-    for other in range(3, -1, -1):
-        if other != dim:
-            layout = gl.SliceLayout(other, layout)
-    return layout
-
-
 @gluon.jit
-def _numbers(SIZE: gl.constexpr, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """0, 1, ... along one of the four dimensions."""
-    numbers = gl.arange(0, SIZE, _along(LAYOUT, DIM))
-    for dim in gl.static_range(4):
-        if dim != DIM:
-            numbers = gl.expand_dims(numbers, dim)
-    return numbers
-
-
-@gluon.jit
-def _query_of(i, t, h, b):
-    """Which query of the tile."""
-    return i * 16 + h * 8 + t * 2 + b
+def _as_they_lie(values, QUERIES: gl.constexpr):
+    """The statistics of queries 0, 1, ... by (i, t, h, b)."""
+    return values.reshape([QUERIES // PERIOD, 2, 4, 2]).permute((0, 2, 1, 3))
 
 
 @gluon.jit
@@ -71,12 +44,12 @@ def load_statistics(lse_log2_ptr, delta_ptr, head, row, total_q, QUERIES: gl.con
     Args:
         lse_log2_ptr, delta_ptr: (Hq, total_q) float32, of fewer elements than int32 counts. Beyond the last row of the head are zeros.
     """
-    how: gl.constexpr = _as_written(WARPS)
-    i, t, h, b = _numbers(QUERIES // PERIOD, 0, how), _numbers(4, 1, how), _numbers(2, 2, how), _numbers(2, 3, how)
-    query = _query_of(i, t, h, b)
+    query = gl.arange(0, QUERIES, one_a_lane(WARPS))
     is_row = query < total_q - row
     at = head * total_q + row + query
-    return gl.load(lse_log2_ptr + at, mask=is_row, other=0.0), gl.load(delta_ptr + at, mask=is_row, other=0.0)
+    lse_log2 = gl.load(lse_log2_ptr + at, mask=is_row, other=0.0)
+    delta = gl.load(delta_ptr + at, mask=is_row, other=0.0)
+    return _as_they_lie(lse_log2, QUERIES), _as_they_lie(delta, QUERIES)
 
 
 @gluon.jit
