@@ -323,6 +323,7 @@ def test_the_ideal_is_the_whole_work_on_one_gpu_over_the_ranks():
     assert [found[name].milliseconds for name in samples] == [7.5, 6.0, 15.0]
     # The clocks fell by half after the first round: the shares did not.
     assert [found[name].share_of_ideal for name in samples] == [0.8, 1.0, 0.4]
+    assert [found[name].share_of_slowest for name in samples] == [0.875, None, 0.4375]
     assert [found[name].ratio_to_weft for name in samples] == [1.0, 1.25, 0.5]
     assert [found[name].spread_ms for name in samples] == [1.5, 2.0, 14.0]
     assert context_parallel.with_figure(replace(empty, peer="other"), {"other": samples["other"]}, 2).share_of_ideal is None

@@ -249,8 +249,9 @@ def run_workload(
 
 def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], world_size: int) -> GroupRecord:
     """The record with what the samples of its way say, beside the ideal's and Weft's in the same rounds."""
-    times = {name: _time(name, one, world_size) for name, one in samples.items()}
+    times = {name: _over(one.mean, world_size) if name == IDEAL else one.slowest for name, one in samples.items()}
     own, ideal, ours = times[record.peer], times.get(IDEAL), times.get(WEFT)
+    slowest = None if ideal is None else _over(samples[IDEAL].slowest, world_size)
     return replace(
         record,
         milliseconds=own.median,
@@ -259,13 +260,14 @@ def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], world_
         unit=ITERATIONS,
         ratio_to_weft=None if ours is None else own.speed_over(ours),
         share_of_ideal=None if ideal is None else own.speed_over(ideal),
+        share_of_slowest=None if slowest is None or record.peer == IDEAL else own.speed_over(slowest),
         spread_ms=samples[record.peer].spread_ms,
     )
 
 
-def _time(name: str, one: GroupSamples, world_size: int) -> Samples:
-    """The slowest rank's time; of the ideal, which each rank does alone for all, the ranks' mean over the ranks."""
-    return Samples(tuple(ms / world_size for ms in one.mean.milliseconds)) if name == IDEAL else one.slowest
+def _over(samples: Samples, world_size: int) -> Samples:
+    """What each rank did alone for all, over the ranks."""
+    return Samples(tuple(ms / world_size for ms in samples.milliseconds))
 
 
 def _ways(

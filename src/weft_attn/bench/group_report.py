@@ -23,7 +23,15 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
     table = Table("case")
     for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)
-    for name in ("ranks differ, ms", "outside launches, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
+    for name in (
+        "ranks differ, ms",
+        "outside launches, ms",
+        "share of ideal",
+        "of the slowest's",
+        "ratio",
+        "peak MiB",
+        "formula MiB",
+    ):
         table.add_column(name)
     table.add_column("error / bound", no_wrap=True)
     shown = [record for record in records if record.status != ABSENT]
@@ -38,6 +46,7 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
             "" if record.spread_ms is None else f"{record.spread_ms:.3f}",
             "" if record.outside_ms is None else f"{record.outside_ms:.3f}",
             "" if record.share_of_ideal is None else f"{record.share_of_ideal:.1%}",
+            "" if record.share_of_slowest is None else f"{record.share_of_slowest:.1%}",
             "" if record.ratio_to_weft is None else f"{record.ratio_to_weft:.2f}",
             mebibytes(record.peak_bytes),
             mebibytes(record.formula_bytes),

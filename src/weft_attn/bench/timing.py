@@ -88,8 +88,9 @@ class Pace:
 MIN_REPEATS = 2
 HOUSE_PACE = Pace()
 QUICK_PACE = Pace(rounds=3, warm_up_ms=1.0, round_ms=1.0)
-# As training loads a card: its power, averaged over some time, bounds the clocks, which bursts of 20 ms run above.
-SUSTAINED_PACE = Pace(rounds=6, warm_up_ms=2000.0, round_ms=400.0, most_repeats=10000)
+# As training loads a card: its power, averaged over some time, bounds the clocks, which bursts on a cool card run above. Rounds are short
+# beside the second or so in which power and clocks swing: variants of one round then run at the same clocks.
+SUSTAINED_PACE = Pace(rounds=40, warm_up_ms=2000.0, round_ms=40.0, most_repeats=10000)
 
 
 def chosen_pace(*, quick: bool, rounds: int | None, sustained: bool = False) -> Pace:
