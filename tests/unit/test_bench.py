@@ -715,8 +715,8 @@ def test_a_sustained_pace_loads_the_card_as_long_as_its_power_is_averaged_over()
     calls = {name: (lambda _turn, name=name: name) for name in "ab"}
     pace = timing.chosen_pace(quick=False, rounds=2, sustained=True)
     timing.interleave(calls, clock, pace)
-    assert clock.log[:-4] == [("a", 1), ("b", 1), ("a", 80), ("b", timing.MIN_REPEATS)], "two seconds of load"
-    assert dict(clock.log[-4:]) == {"a": 80, "b": timing.MIN_REPEATS}
+    assert clock.log[:-4] == [("a", 1), ("b", 1), ("a", 2000), ("b", timing.MIN_REPEATS)], "two seconds of load"
+    assert dict(clock.log[-4:]) == {"a": 2000, "b": timing.MIN_REPEATS}
     assert pace.rounds == 2
     assert timing.repeats_of(pace.round_ms, 1e-3, pace.most_repeats) == pace.most_repeats
     assert timing.chosen_pace(quick=False, rounds=None) == timing.HOUSE_PACE

@@ -88,9 +88,9 @@ class Pace:
 MIN_REPEATS = 2
 HOUSE_PACE = Pace()
 QUICK_PACE = Pace(rounds=3, warm_up_ms=1.0, round_ms=1.0)
-# As training loads a card: its power, averaged over some time, bounds the clocks, which bursts on a cool card run above. Rounds are short
-# beside the second or so in which power and clocks swing: variants of one round then run at the same clocks.
-SUSTAINED_PACE = Pace(rounds=40, warm_up_ms=2000.0, round_ms=40.0, most_repeats=10000)
+# As training loads a card: its power bounds the clocks, which bursts on a cool card run above. Under load they swing, by 3% about their
+# mean and once in a second, so a variant's turn is a whole swing: a part of one says more of its place in it than of the variant.
+SUSTAINED_PACE = Pace(rounds=6, warm_up_ms=2000.0, round_ms=1000.0, most_repeats=20000)
 
 
 def chosen_pace(*, quick: bool, rounds: int | None, sustained: bool = False) -> Pace:

@@ -27,7 +27,7 @@ def bench(
     pass_: Annotated[str, typer.Option("--pass", help="forward, backward, or both where the suite has both")] = "both",
     device: Annotated[str, typer.Option(help="cuda, cuda:N, or cpu for the reference")] = "cuda",
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
-    sustained: Annotated[bool, typer.Option(help="many rounds on a heated card, whose power bounds its clocks")] = False,
+    sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
     quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
 ) -> None:
     """Time attention beside its peers, checked first, interleaved in rounds, on pairs counted from the plan.

@@ -39,7 +39,7 @@ def bench_cp(
     write_rates: Annotated[Path | None, typer.Option(help="write measured rates for `weft simulate --rates`")] = None,
     device: Annotated[str, typer.Option(help="cuda: each rank its own GPU, with NCCL; cpu: gloo")] = "cuda",
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
-    sustained: Annotated[bool, typer.Option(help="many rounds on a heated card, whose power bounds its clocks")] = False,
+    sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
     quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
 ) -> None:
     """Time context parallelism, its kernels and its communication alone, and its peers: packed documents on all ranks.
