@@ -19,19 +19,11 @@ MIB = 2**20
 
 
 def group_figures(records: Sequence[GroupRecord]) -> Table:
-    """Time of the slowest rank, rate, spread over ranks, what no launch hides, shares, memory above the inputs and by the formula, of each record."""
+    """Time of the slowest rank, rate, spread over ranks, what no launch hides, shares of the ideal, memory above the inputs and by the formula, of each record."""
     table = Table("case")
     for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)
-    for name in (
-        "ranks differ, ms",
-        "outside launches, ms",
-        "share of ideal",
-        "of the slowest's",
-        "ratio",
-        "peak MiB",
-        "formula MiB",
-    ):
+    for name in ("ranks differ, ms", "outside launches, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
         table.add_column(name)
     table.add_column("error / bound", no_wrap=True)
     shown = [record for record in records if record.status != ABSENT]
@@ -45,8 +37,7 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
             "" if record.rate is None else f"{record.rate:.4g} {record.unit}",
             "" if record.spread_ms is None else f"{record.spread_ms:.3f}",
             "" if record.outside_ms is None else f"{record.outside_ms:.3f}",
-            "" if record.share_of_ideal is None else f"{record.share_of_ideal:.1%}",
-            "" if record.share_of_slowest is None else f"{record.share_of_slowest:.1%}",
+            _shares(record),
             "" if record.ratio_to_weft is None else f"{record.ratio_to_weft:.2f}",
             mebibytes(record.peak_bytes),
             mebibytes(record.formula_bytes),
@@ -55,6 +46,11 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
             style="red" if record.failed else None,
         )
     return table
+
+
+def _shares(record: GroupRecord) -> str:
+    """Of the ideal, the GPUs' mean, and of the slowest GPU's."""
+    return " / ".join(f"{share:.1%}" for share in (record.share_of_ideal, record.share_of_slowest) if share is not None)
 
 
 def mebibytes(count: int | None) -> str:
