@@ -101,6 +101,16 @@ def test_a_wrong_kernel_prints_no_figure_and_exits_with_1(monkeypatch: pytest.Mo
     assert {(r.status, r.milliseconds, r.rate) for r in records.read_json(out)} == {(records.RED, None, None)}
 
 
+def test_only_cases_with_a_name_run(tmp_path: Path):
+    out = tmp_path / "figures.json"
+    result = weft_command("bench", "square", "plan", *TINY, "--peers", "weft", "--only", "causal", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    names = {record.case for record in records.read_json(out)}
+    assert names
+    assert all("causal" in name for name in names)
+    assert "full" not in result.output
+
+
 def test_unchecked_runs_say_so():
     result = weft_command("bench", "decode", *TINY, "--no-check", "--peers", "weft")
     assert result.exit_code == 0, result.output
@@ -111,6 +121,7 @@ def test_unchecked_runs_say_so():
     ("arguments", "error"),
     [
         (("bench", "round", "--device", "cpu"), InvalidInput),
+        (("bench", "square", "--device", "cpu", "--only", "a circle"), InvalidInput),
         (("bench", "square", "--device", "cpu", "--dtype", "int8"), InvalidInput),
         (("bench", "square", "--device", "cpu", "--pass", "sideways"), InvalidInput),
         (("bench", "square", "--device", "cpu", "--peers", "fastest"), InvalidInput),

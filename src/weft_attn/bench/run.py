@@ -50,6 +50,7 @@ class Request:
         suites: names of SUITES.
         peers: who is measured; Weft among them.
         device_name: where; the "plan" suite needs no device.
+        only: cases with this in their name; none of the "plan" suite, which has none. Empty: all.
         check: whether results are checked before they are timed.
         seqlen, world, rank, passes, deterministic: as in `suite_cases`.
     """
@@ -60,6 +61,7 @@ class Request:
     peers: Sequence[Peer]
     device_name: str
     pace: Pace
+    only: str = ""
     check: bool = True
     seqlen: int | None = None
     world: int | None = None
@@ -87,10 +89,16 @@ def run_suites(request: Request, notify: Notify = silent) -> Iterator[list[Recor
         for suite in request.suites
         if suite != "plan"
     }
+    if request.only:
+        names = [case.name for listed in cases.values() for case in listed]
+        cases = {suite: [case for case in listed if request.only in case.name] for suite, listed in cases.items()}
+        require(
+            any(cases.values()), "a case has this in its name", expected=f"a part of one of {names}", given=repr(request.only)
+        )
     device = chosen_device(request.device_name) if cases else torch.device("cpu")
     environment = environment_of(device)
     for suite in request.suites:
-        if suite == "plan":
+        if suite == "plan" and not request.only:
             notify("building plans")
             yield run_plan_suite(request.sizes, world, request.pace, environment)
         for case in cases.get(suite, ()):

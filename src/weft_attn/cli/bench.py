@@ -12,6 +12,7 @@ from weft_attn.bench import cases, peers, report, run, timing
 
 def bench(
     suites: Annotated[list[str] | None, typer.Argument(metavar=f"[{'|'.join(cases.SUITES)}]...", help="all by default")] = None,
+    only: Annotated[str, typer.Option(help="only cases with this in their name")] = "",
     seqlen: Annotated[int | None, typer.Option(help="tokens (keys for decode) in place of the suite's own")] = None,
     world: Annotated[int | None, typer.Option(help="ranks of zigzag and plan")] = None,
     rank: Annotated[str | None, typer.Option(help='rank of zigzag, or "all"')] = None,
@@ -42,6 +43,7 @@ def bench(
         peers=peers.chosen_peers(cases.comma_separated(peers_), cases.comma_separated(no_peers) or ()),
         device_name=device,
         pace=timing.chosen_pace(quick=quick, rounds=rounds, sustained=sustained),
+        only=only,
         check=check,
         seqlen=seqlen,
         world=world,
