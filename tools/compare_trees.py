@@ -1,10 +1,10 @@
 """Time the kernels of several source trees against each other, and compare what they compute: before and after a change.
 
     git worktree add ../before HEAD~1
-    python tools/compare_trees.py before=../before/src after=src --suites square,packed --rounds 8
+    python tools/compare_trees.py before=../before/src after=src --suites square,packed
 
 Each tree runs in a process of its own, all on one device, and only one of them at a time. A round runs every tree once, in the orders of
-`bench/timing.py: rounds_of`; ratios are of rounds, so that the card's clocks cancel. Results are compared with the first tree's in sampled rows, to say
+`bench/timing.py: rounds_of`, on a card that is heated first; ratios are of rounds, and rounds are short, so that the card's clocks cancel (ADR 27). Results are compared with the first tree's in sampled rows, to say
 whether a change changed them, not whether they are right: that is what `weft bench` and the tests say. A name twice on one tree
 shows what no change looks like.
 """
@@ -168,7 +168,7 @@ def difference(found: dict[str, list[float]], first: dict[str, list[float]]) -> 
     return worst
 
 
-def compare(trees: Sequence[Tree], round_ms: float, rounds: int, passes: Sequence[str]) -> list[Row]:
+def compare(trees: Sequence[Tree], warm_up_ms: float, round_ms: float, rounds: int, passes: Sequence[str]) -> list[Row]:
     """Rows of every case, pass and tree, printed as they come."""
     # The environment's own: a tree may be older than what is asked for.
     from weft_attn.bench import timing
@@ -187,8 +187,10 @@ def compare(trees: Sequence[Tree], round_ms: float, rounds: int, passes: Sequenc
             repeats = [timing.repeats_of(round_ms, tree.ask("milliseconds", pass_name, 1)) for tree in trees]
             times = np.empty((rounds, len(trees)))
             orders = list(timing.rounds_of(range(len(trees)), rounds))
-            # The first round runs twice: the clocks settle in the one that is overwritten.
-            for turn in (0, *range(rounds)):
+            loaded = 0.0
+            while loaded < warm_up_ms:
+                loaded += sum(n * tree.ask("milliseconds", pass_name, n) for n, tree in zip(repeats, trees, strict=True))
+            for turn in range(rounds):
                 for at in orders[turn]:
                     times[turn, at] = trees[at].ask("milliseconds", pass_name, repeats[at])
             for at, tree in enumerate(trees):
@@ -222,8 +224,9 @@ def main() -> None:
     parser.add_argument("--world", type=int, help="ranks of zigzag")
     parser.add_argument("--rank", help='rank of zigzag, or "all"')
     parser.add_argument("--deterministic", action="store_true")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--round-ms", type=float, default=20.0, help="time a tree gets in a round")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--round-ms", type=float, default=40.0, help="time a tree gets in a round")
+    parser.add_argument("--warm-up-ms", type=float, default=2000.0, help="load before the first round, over all trees together")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no figure to quote")
     options = parser.parse_args()
     if "decode" in options.suites.split(","):
@@ -248,7 +251,7 @@ def main() -> None:
         if not source or not (Path(source) / "weft_attn" / "__init__.py").is_file():
             parser.error(f"a tree is NAME=SRC, SRC a folder that holds weft_attn: given {given!r}")
         trees.append(Tree(name, Path(source), setup))
-    rows = compare(trees, options.round_ms, options.rounds, passes)
+    rows = compare(trees, options.warm_up_ms, options.round_ms, options.rounds, passes)
     for tree in trees:
         tree.end()
     changed = [row for row in rows if not row.difference <= ALLOWED]

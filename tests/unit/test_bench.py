@@ -490,7 +490,7 @@ def test_ratios_are_speed_over_weft_in_the_same_run():
 
 
 def test_plans_are_timed_without_a_device():
-    found = run.run_plan_suite(cases.QUICK, 4, PACE, ENVIRONMENT)
+    found = run.run_plan_suite(run.plan_cases(cases.QUICK, 4), PACE, ENVIRONMENT)
     assert {record.pass_name for record in found} == {"build", *run.CUTS}
     assert all(record.milliseconds > 0 and record.rate is None for record in found)
 
@@ -507,7 +507,10 @@ def test_a_device_that_is_not_here_is_an_error():
 
 
 def test_records_survive_their_json_form(tmp_path: Path):
-    found = [*records_of(Twin(dv=0.9), Broken()).values(), *run.run_plan_suite(cases.QUICK, 4, PACE, ENVIRONMENT)]
+    found = [
+        *records_of(Twin(dv=0.9), Broken()).values(),
+        *run.run_plan_suite(run.plan_cases(cases.QUICK, 4), PACE, ENVIRONMENT),
+    ]
     records.write_json(found, tmp_path / "records.json")
     assert records.read_json(tmp_path / "records.json") == found
 
@@ -710,7 +713,7 @@ def test_few_rows_that_fill_the_device_are_refused():
         tune.tune(tune.Search("forward", busy, 300, few_rows=8), CPU, PACE, ENVIRONMENT)
 
 
-def test_a_sustained_pace_loads_the_card_as_long_as_its_power_is_averaged_over():
+def test_a_sustained_pace_heats_the_card_and_gives_each_variant_a_swing_of_its_clocks():
     clock = FakeClock(a=0.5, b=1000.0)
     calls = {name: (lambda _turn, name=name: name) for name in "ab"}
     pace = timing.chosen_pace(quick=False, rounds=2, sustained=True)
@@ -718,6 +721,8 @@ def test_a_sustained_pace_loads_the_card_as_long_as_its_power_is_averaged_over()
     assert clock.log[:-4] == [("a", 1), ("b", 1), ("a", 2000), ("b", timing.MIN_REPEATS)], "two seconds of load"
     assert dict(clock.log[-4:]) == {"a": 2000, "b": timing.MIN_REPEATS}
     assert pace.rounds == 2
+    # Of 0.95 s: docs/notes/2026-11-27-clocks-that-swing.md.
+    assert pace.round_ms >= 950
     assert timing.repeats_of(pace.round_ms, 1e-3, pace.most_repeats) == pace.most_repeats
     assert timing.chosen_pace(quick=False, rounds=None) == timing.HOUSE_PACE
     with pytest.raises(InvalidInput, match="quick or sustained"):

@@ -12,9 +12,9 @@ pytest.importorskip("triton.experimental.gluon")
 from weft_attn.kernels.hopper import statistics
 
 
-def queries_as_they_lie(queries: int) -> torch.Tensor:
+def queries_in_shared_order(queries: int) -> torch.Tensor:
     """By the rule of the producer, which a torch tensor follows as a Gluon tensor does: the query at each (i, t, h, b)."""
-    rule: Callable[[torch.Tensor, int], torch.Tensor] = statistics._as_they_lie.fn
+    rule: Callable[[torch.Tensor, int], torch.Tensor] = statistics._in_shared_order.fn
     return rule(torch.arange(queries), queries)
 
 
@@ -35,7 +35,7 @@ def places(bases: Sequence[Sequence[int]]) -> list[list[int]]:
 @pytest.mark.parametrize("queries", [64, 128])
 def test_a_thread_reads_its_own_columns_of_a_product_four_at_a_time(queries: int) -> None:
     layout = statistics._as_read(queries)
-    query_at = queries_as_they_lie(queries)
+    query_at = queries_in_shared_order(queries)
     lanes, warps = places(layout.lane_bases), places(layout.warp_bases)
     assert len(lanes) == 32
     assert warps == [[0, 0, 0, 0]] * 4

@@ -251,7 +251,7 @@ def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], world_
     """The record with what the samples of its way say, beside the ideal's and Weft's in the same rounds."""
     times = {name: _over(one.mean, world_size) if name == IDEAL else one.slowest for name, one in samples.items()}
     own, ideal, ours = times[record.peer], times.get(IDEAL), times.get(WEFT)
-    slowest = None if ideal is None else _over(samples[IDEAL].slowest, world_size)
+    slowest = None if ideal is None else _over(samples[IDEAL].of_slowest_rank, world_size)
     return replace(
         record,
         milliseconds=own.median,
@@ -260,13 +260,13 @@ def with_figure(record: GroupRecord, samples: Mapping[str, GroupSamples], world_
         unit=ITERATIONS,
         ratio_to_weft=None if ours is None else own.speed_over(ours),
         share_of_ideal=None if ideal is None else own.speed_over(ideal),
-        share_of_slowest=None if slowest is None or record.peer == IDEAL else own.speed_over(slowest),
+        share_of_slowest_ideal=None if slowest is None or record.peer == IDEAL else own.speed_over(slowest),
         spread_ms=samples[record.peer].spread_ms,
     )
 
 
 def _over(samples: Samples, world_size: int) -> Samples:
-    """What each rank did alone for all, over the ranks."""
+    """Times divided by the ranks: of work that each rank does whole."""
     return Samples(tuple(ms / world_size for ms in samples.milliseconds))
 
 

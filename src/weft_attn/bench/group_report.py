@@ -23,7 +23,14 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
     table = Table("case")
     for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)
-    for name in ("ranks differ, ms", "outside launches, ms", "share of ideal", "ratio", "peak MiB", "formula MiB"):
+    for name in (
+        "ranks differ, ms",
+        "outside launches, ms",
+        "share of ideal, mean / slowest GPU's",
+        "ratio",
+        "peak MiB",
+        "formula MiB",
+    ):
         table.add_column(name)
     table.add_column("error / bound", no_wrap=True)
     shown = [record for record in records if record.status != ABSENT]
@@ -50,7 +57,7 @@ def group_figures(records: Sequence[GroupRecord]) -> Table:
 
 def _shares(record: GroupRecord) -> str:
     """Of the ideal, the GPUs' mean, and of the slowest GPU's."""
-    return " / ".join(f"{share:.1%}" for share in (record.share_of_ideal, record.share_of_slowest) if share is not None)
+    return " / ".join(f"{share:.1%}" for share in (record.share_of_ideal, record.share_of_slowest_ideal) if share is not None)
 
 
 def mebibytes(count: int | None) -> str:

@@ -30,6 +30,12 @@ class GroupSamples:
         return Samples(tuple(max(ranks) for ranks in self.by_rank))
 
     @property
+    def of_slowest_rank(self) -> Samples:
+        """The rank whose median is the largest, in every round: for work that no rank shares with another."""
+        by_round = np.array(self.by_rank)
+        return Samples(tuple(by_round[:, int(np.argmax(np.median(by_round, axis=0)))].tolist()))
+
+    @property
     def mean(self) -> Samples:
         """The ranks' mean of each round: for work that no rank shares with another."""
         return Samples(tuple(float(np.mean(ranks)) for ranks in self.by_rank))

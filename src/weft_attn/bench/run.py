@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,7 +50,7 @@ class Request:
         suites: names of SUITES.
         peers: who is measured; Weft among them.
         device_name: where; the "plan" suite needs no device.
-        only: cases with this in their name; none of the "plan" suite, which has none. Empty: all.
+        only: cases with this in their name. Empty: all.
         check: whether results are checked before they are timed.
         seqlen, world, rank, passes, deterministic: as in `suite_cases`.
     """
@@ -89,18 +89,22 @@ def run_suites(request: Request, notify: Notify = silent) -> Iterator[list[Recor
         for suite in request.suites
         if suite != "plan"
     }
-    if request.only:
-        names = [case.name for listed in cases.values() for case in listed]
-        cases = {suite: [case for case in listed if request.only in case.name] for suite, listed in cases.items()}
-        require(
-            any(cases.values()), "a case has this in its name", expected=f"a part of one of {names}", given=repr(request.only)
-        )
+    plans = plan_cases(request.sizes, world) if "plan" in request.suites else {}
+    names = [*(case.name for listed in cases.values() for case in listed), *plans]
+    cases = {suite: [case for case in listed if request.only in case.name] for suite, listed in cases.items()}
+    plans = {name: build for name, build in plans.items() if request.only in name}
+    require(
+        bool(plans) or any(cases.values()),
+        "a case has this in its name",
+        expected=f"a part of one of {names}",
+        given=repr(request.only),
+    )
     device = chosen_device(request.device_name) if cases else torch.device("cpu")
     environment = environment_of(device)
     for suite in request.suites:
-        if suite == "plan" and not request.only:
+        if suite == "plan" and plans:
             notify("building plans")
-            yield run_plan_suite(request.sizes, world, request.pace, environment)
+            yield run_plan_suite(plans, request.pace, environment)
         for case in cases.get(suite, ()):
             yield run_case(case, request.peers, device, request.pace, environment, check=request.check, notify=notify)
 
@@ -204,16 +208,20 @@ def _with_figure(record: Record, case: Case, tensors: Tensors, samples: Samples,
     )
 
 
-def run_plan_suite(sizes: Sizes, world: int, pace: Pace, environment: Environment) -> list[Record]:
-    """Host time of building plans of many documents, and of cutting them into a kernel's work. No device."""
+def plan_cases(sizes: Sizes, world: int) -> dict[str, Callable[[], Plan]]:
+    """The plans of many documents that the "plan" suite builds, by the name of the case."""
     documents = sizes.plan_documents
     cu_seqlens = concat_lengths(log_normal_lengths(documents, documents * PLAN_MEAN_LENGTH))
-    builders: dict[str, Callable[[], Plan]] = {
-        f"zigzag, W={world}": lambda: Plan.zigzag(cu_seqlens, rank=world // 2, world_size=world),
-        "packed": lambda: Plan.from_cu_seqlens(cu_seqlens, cu_seqlens, causal=True),
+    return {
+        f"{documents} documents, zigzag, W={world}": lambda: Plan.zigzag(cu_seqlens, rank=world // 2, world_size=world),
+        f"{documents} documents, packed": lambda: Plan.from_cu_seqlens(cu_seqlens, cu_seqlens, causal=True),
     }
+
+
+def run_plan_suite(plans: Mapping[str, Callable[[], Plan]], pace: Pace, environment: Environment) -> list[Record]:
+    """Host time of building plans, and of cutting them into a kernel's work. No device."""
     records = []
-    for name, build in builders.items():
+    for name, build in plans.items():
         plan = build()
         calls: dict[str, timing.Call] = {"build": lambda _turn, build=build: build()}  # type: ignore[misc]
         for cut, tiling in CUTS.items():
@@ -222,7 +230,7 @@ def run_plan_suite(sizes: Sizes, world: int, pace: Pace, environment: Environmen
             records.append(
                 Record(
                     suite="plan",
-                    case=f"{documents} documents, {name}",
+                    case=name,
                     peer=WEFT.name,
                     pass_name=pass_name,
                     status=OK,

@@ -88,8 +88,8 @@ class Pace:
 MIN_REPEATS = 2
 HOUSE_PACE = Pace()
 QUICK_PACE = Pace(rounds=3, warm_up_ms=1.0, round_ms=1.0)
-# As training loads a card: its power bounds the clocks, which bursts on a cool card run above. Under load they swing, by 3% about their
-# mean and once in a second, so a variant's turn is a whole swing: a part of one says more of its place in it than of the variant.
+# As training loads a card: its power bounds the clocks, which bursts on a cool card run above. Under load they swing once in
+# a second, and times by 3%, so a variant's turn is a whole swing: a shorter one measures which part of the swing it met.
 SUSTAINED_PACE = Pace(rounds=6, warm_up_ms=2000.0, round_ms=1000.0, most_repeats=20000)
 
 

@@ -202,9 +202,9 @@ def _accumulate_tile(
     dq, dv_acc, _ = warpgroup_mma_wait(1, deps=[dq, dv_acc, probs_operand])
     if exchange.IS_LATE:
         mbarrier.arrive(exchange.there, count=1)
-    # After the item's last step its own once more, for nothing, as above. While dQ is staged where it is late; otherwise the next step's
-    # queries are not there yet.
+    # After the item's last step its own once more, for nothing, as above.
     next_step = gl.minimum(step + 1, last_step)
+    # Before dQ is staged only where that is late: elsewhere it is slower, with a third slot of queries too (docs/adr/0025).
     if exchange.IS_LATE:
         next_scores = _multiply_scores(p, memory, next_step, zero, CONSUMER)
     _add_dq(p, exchange, dq, dq_step, row, n_valid, IS_MASKED, CONSUMER)

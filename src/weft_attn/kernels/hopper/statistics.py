@@ -25,7 +25,7 @@ def _as_read(queries):
 
 
 @gluon.jit
-def _as_they_lie(values, QUERIES: gl.constexpr):
+def _in_shared_order(values, QUERIES: gl.constexpr):
     """The statistics of queries 0, 1, ... by (i, t, h, b)."""
     return values.reshape([QUERIES // PERIOD, 2, 4, 2]).permute((0, 2, 1, 3))
 
@@ -49,7 +49,7 @@ def load_statistics(lse_log2_ptr, delta_ptr, head, row, total_q, QUERIES: gl.con
     at = head * total_q + row + query
     lse_log2 = gl.load(lse_log2_ptr + at, mask=is_row, other=0.0)
     delta = gl.load(delta_ptr + at, mask=is_row, other=0.0)
-    return _as_they_lie(lse_log2, QUERIES), _as_they_lie(delta, QUERIES)
+    return _in_shared_order(lse_log2, QUERIES), _in_shared_order(delta, QUERIES)
 
 
 @gluon.jit
