@@ -4,8 +4,8 @@
     python tools/compare_trees.py before=../before/src after=src --suites square,packed
 
 Each tree runs in a process of its own, all on one device, and only one of them at a time. A round runs every tree once, in the orders of
-`bench/timing.py: rounds_of`, on a card that is heated first; ratios are of rounds, and rounds are short, so that the card's clocks cancel (ADR 27). Results are compared with the first tree's in sampled rows, to say
-whether a change changed them, not whether they are right: that is what `weft bench` and the tests say. A name twice on one tree
+`bench/timing.py: rounds_of`, on a card that is heated first; ratios are of rounds, and rounds are short, so that the card's clocks
+cancel (ADR 27). Results are compared with the first tree's in sampled rows, to say whether a change changed them, not whether they are right: that is what `weft bench` and the tests say. A name twice on one tree
 shows what no change looks like.
 """
 

@@ -12,21 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOOL, SOURCE = ROOT / "tools" / "compare_trees.py", ROOT / "src"
-QUICK = (
-    "--device",
-    "cpu",
-    "--quick",
-    "--rounds",
-    "2",
-    "--round-ms",
-    "1",
-    "--warm-up-ms",
-    "1",
-    "--suites",
-    "square",
-    "--only",
-    "causal 4 x",
-)
+PACE = ("--rounds", "2", "--round-ms", "1", "--warm-up-ms", "1")
+QUICK = ("--device", "cpu", "--quick", *PACE, "--suites", "square", "--only", "causal 4 x")
 
 
 def compare(*arguments: object) -> subprocess.CompletedProcess[str]:

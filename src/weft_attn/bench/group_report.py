@@ -19,7 +19,9 @@ MIB = 2**20
 
 
 def group_figures(records: Sequence[GroupRecord]) -> Table:
-    """Time of the slowest rank, rate, spread over ranks, what no launch hides, shares of the ideal, memory above the inputs and by the formula, of each record."""
+    """Time of the slowest rank, rate, spread over ranks, what no launch hides, shares of the ideal, memory above the inputs and by the
+    formula, of each record.
+    """
     table = Table("case")
     for name in ("pass", "who", "ms (quartiles)", "rate"):
         table.add_column(name, no_wrap=True)

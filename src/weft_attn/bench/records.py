@@ -83,7 +83,8 @@ class GroupRecord(Record):
         workload: the batch and its ranks; None for a collective that is measured alone.
         spread_ms: slowest less fastest rank, the median over the rounds.
         share_of_ideal: time of the same whole work on one GPU alone, the mean of the GPUs, over the ranks, over this time.
-        share_of_slowest_ideal: the same of the slowest GPU's time, one GPU's in all rounds: what a group can reach that cuts work evenly, however its GPUs differ.
+        share_of_slowest_ideal: the same of the slowest GPU's time, one GPU's in all rounds: what a group can reach that cuts work evenly,
+            however its GPUs differ.
         outside_ms: of a call, outside its attention launches, on the rank where that is least: copies, and communication that nothing
             hides. Both are measured in the same calls, so that clocks do not come between; None for what is no whole call of Weft's.
         peak_bytes: allocated above the inputs at the worst moment, on the rank with most; None where it is not counted.

@@ -99,7 +99,7 @@ def run_suites(request: Request, notify: Notify = silent) -> Iterator[list[Recor
         expected=f"a part of one of {names}",
         given=repr(request.only),
     )
-    device = chosen_device(request.device_name) if cases else torch.device("cpu")
+    device = chosen_device(request.device_name) if any(cases.values()) else torch.device("cpu")
     environment = environment_of(device)
     for suite in request.suites:
         if suite == "plan" and plans:

@@ -45,8 +45,8 @@ def bench_cp(
     """Time context parallelism, its kernels and its communication alone, and its peers: packed documents on all ranks.
 
     Start it as `torchrun --nproc-per-node N -m weft_attn.cli.main bench cp`; rank 0 prints. Times are those of the slowest rank;
-    the ideal is one GPU's time for the whole batch, in the same rounds, over the ranks: the GPUs' mean, and the slowest GPU's, which is what a group
-    can reach that cuts work evenly. Exits with 1 when a result is wrong on
+    the ideal is one GPU's time for the whole batch, in the same rounds, over the ranks: the GPUs' mean, and the slowest GPU's, which
+    is what a group can reach that cuts work evenly. Exits with 1 when a result is wrong on
     any rank.
     """
     request = context_parallel.Request(
