@@ -187,12 +187,14 @@ def _accumulate_tile(
         mbarrier.wait(exchange.there, dq_step & 1)
     # What lay here two steps ago was read before the other consumer came to the last step's barrier.
     exchange.dscores.index((step & 1) * CONSUMERS + CONSUMER).store(dscores)
-    fence_async_shared()
-    if not exchange.IS_LATE:
-        mbarrier.arrive(exchange.there, count=1)
-    # A product with a register operand holds its warps until it runs: not before dS is on its way.
+    # A product with a register operand holds its warps until it runs, and a fence until what they stored is there. Where the other
+    # consumer waits for dS, dV runs meanwhile, which leaves shared memory the time to take it (docs/adr/0028).
+    if exchange.IS_LATE:
+        fence_async_shared()
     dv_acc = warpgroup_mma(probs_operand, dout_tile, dv_acc, is_async=True)
     if not exchange.IS_LATE:
+        fence_async_shared()
+        mbarrier.arrive(exchange.there, count=1)
         mbarrier.wait(exchange.there, dq_step & 1)
     # In a loop's first step once more that of the last one, for nothing: a branch here would keep products from overlapping.
     dq = _multiply_dq(p, exchange, dq_step, memory.k.tiles, zero, CONSUMER)
