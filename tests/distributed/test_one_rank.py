@@ -164,6 +164,15 @@ def test_what_inference_or_tracing_built_serves_training() -> None:
     assert torch.equal(cp.shard([0, 4, 9], x), x)
 
 
+def test_what_unshard_gives_is_a_copy_as_it_is_over_more_ranks() -> None:
+    cp, leaf = weft.ContextParallel(), torch.randn(16, 2, requires_grad=True)
+    whole = cp.unshard(CU, leaf)
+    assert torch.equal(whole, leaf)
+    assert whole.data_ptr() != leaf.data_ptr()
+    whole.sum().backward()
+    assert torch.equal(leaf.grad, torch.ones(16, 2))
+
+
 def test_a_batch_is_the_cu_seqlens_that_were_given_whatever_becomes_of_them() -> None:
     cu = torch.tensor(CU)
     q, k, v = tensors(requires_grad=False)

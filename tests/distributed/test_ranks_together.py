@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 import weft_attn as weft
 from weft_attn.distributed import gathered
@@ -331,6 +332,11 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
         x = cp.shard(cu, torch.randn(cu[-1], heads, 16, dtype=dtype)).requires_grad_(grad).to(device)
         return cp.attention(x, x[:, :2], x[:, :2], cu, **options)
 
+    def forward_mode() -> object:
+        x = cp.shard(CU, torch.randn(33, 2, 16))
+        with forward_ad.dual_level():
+            return cp.attention(forward_ad.make_dual(x, x), x, x, CU)
+
     other_layout = weft.ContextParallel(layout="contiguous", debug=True)
     cases: dict[str, Callable[[], object]] = {
         "none": call,
@@ -342,9 +348,11 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
         "same mask": lambda: call(causal=np.bool_(True) if odd else True),
         "scalars": lambda: call(softcap=3.0 if odd else 0.0),
         "gradients": lambda: call(grad=odd),
+        "gradients of sinks": lambda: call(sinks=torch.zeros(2, requires_grad=odd)),
         "layout": lambda: call([0, 1], cp=other_layout if odd else cp),
         "call": lambda: cp.unshard(CU, cp.shard(CU, torch.zeros(33, 2, 16))) if odd else call(),
         "refusal": lambda: call(softcap=-1.0 if odd else 0.0),
+        "tangents": forward_mode,
         "unshard": lambda: cp.unshard(CU, torch.zeros(3)) if odd else cp.unshard(CU, cp.shard(CU, torch.zeros(33))),
     }
     told = {}
@@ -495,6 +503,12 @@ def test_in_debug_mode_all_ranks_are_told_who_differs_in_what(answers: list[dict
         message = messages.pop()
         assert message.startswith("InvalidInput: all ranks make the same call")
         assert f"{fact} on rank 1" in message
+    assert all("gradients on rank 1" in each["gradients of sinks"] for each in told)
+
+
+def test_forward_mode_derivatives_are_refused_over_ranks_too(answers: list[dict[str, Any]]) -> None:
+    for answer in answers:
+        assert "Unsupported: attention has reverse-mode derivatives" in answer["disagreements"]["tangents"]
 
 
 @pytest.mark.parametrize(("case", "rule"), [("refusal", "softcap is finite"), ("unshard", "local has the rows")])

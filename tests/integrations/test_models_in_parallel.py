@@ -133,6 +133,25 @@ def test_what_a_batch_does_not_know_is_refused(llama: Any, changed: dict[str, An
         llama(**{**INPUTS, **changed})
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gpt_oss"])
+def test_a_cache_that_a_batch_would_fill_is_refused_however_it_comes(name: str) -> None:
+    """It would hold one rank's keys, and what is decoded with it after the batch would be wrong without a word."""
+    model = decoder(name)
+    model.set_attn_implementation("weft")
+    for changed in (
+        dict(use_cache=True),
+        dict(use_cache=None),
+        dict(past_key_values=transformers.DynamicCache(config=model.config)),
+    ):
+        with torch.no_grad(), pytest.raises(Unsupported, match="KV cache"), CP.batch(CU_SEQLENS):
+            model(**{**INPUTS, **changed})
+    with torch.no_grad(), CP.batch(CU_SEQLENS):
+        model(**INPUTS)
+    model.train()
+    with CP.batch(CU_SEQLENS):
+        model(**{**INPUTS, "use_cache": None})
+
+
 def test_positions_are_looked_at_by_the_layers_of_a_model_that_does_not_show_them_to_its_mask() -> None:
     model = decoder("gpt_oss")
     model.set_attn_implementation("weft")

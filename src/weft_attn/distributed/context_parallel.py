@@ -19,6 +19,7 @@ from weft_attn.distributed.groups import Groups, head_groups, head_times
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.distributed.shard import ShardedBatch, next_tokens, shard_rows, sharded_batch, unshard_rows
 from weft_attn.errors import InvalidInput, WeftError, require
+from weft_attn.ops.plain import refuse_tangents
 from weft_attn.plan import build
 from weft_attn.plan.layouts import layout_named
 from weft_attn.plan.slices import Plan
@@ -56,7 +57,8 @@ class ContextParallel:
         grad_reduce_dtype: dtype in which the ranks' gradients of keys and values are summed; they leave the kernels in it.
         debug: before the first collective of a call, compare the calls of all ranks; costs a small collective and a wait. Where
             they differ, or one rank refuses its arguments, all raise and name the ranks. Without it, a rank that raises leaves
-            the others waiting until the group's timeout. Equal on all ranks.
+            the others waiting until the group's timeout, or, where its error is caught, its next call meets theirs: no result of a
+            group that a rank has raised in is to be used. Equal on all ranks.
 
     Attributes:
         rank, world_size: of this process in the group.
@@ -150,7 +152,7 @@ class ContextParallel:
             local: (T_local, ...), same dtype and trailing dimensions on every rank.
 
         Returns:
-            (T, ...). Differentiable: the backward, collective too, adds up the gradients that all ranks have of this rank's
+            (T, ...), a copy. Differentiable: the backward, collective too, adds up the gradients that all ranks have of this rank's
             rows, as for a loss that is the sum of the ranks' losses; in grad_reduce_dtype, or local's own if that is wider.
 
         Raises:
@@ -173,7 +175,7 @@ class ContextParallel:
                 "gradients": (torch.is_grad_enabled() and local.requires_grad, self.grad_reduce_dtype),
             },
         )
-        return local if self.world_size == 1 else unshard_rows(batch, local, self._ranks, self.grad_reduce_dtype)
+        return local.clone() if self.world_size == 1 else unshard_rows(batch, local, self._ranks, self.grad_reduce_dtype)
 
     @_outside_of_graphs
     def position_ids(self, cu_seqlens: Any, *, device: torch.device | str | int | None = None) -> torch.Tensor:
@@ -269,13 +271,17 @@ class ContextParallel:
         if active is not None:
             active.attended += 1
 
+        def needed() -> tuple[bool, ...]:
+            return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (q, k, v, sinks))
+
         def checked() -> tuple[ShardedBatch, Call]:
             checks.qkv(q, k, v, packed=True)
             checks.sink_logits(sinks, q)
+            refuse_tangents(q, k, v, sinks)
             checks.flag(return_lse, "return_lse")
             batch = self._batch(cu_seqlens)
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
-            trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+            trains = any(needed())
             keeps = self.keep_gathered and trains
             memory = self._memory(batch, k.shape[1], k.shape[2], v.shape[2], k.dtype, keeps, trains=trains)
             mask = checks.flag(causal, "causal"), build.checked_window(window)
@@ -296,7 +302,6 @@ class ContextParallel:
 
         def facts(found: tuple[ShardedBatch, Call]) -> dict[str, object]:
             batch, call = found
-            needed = tuple(x.requires_grad for x in (q, k, v)) if torch.is_grad_enabled() else ()
             return {
                 "call": "attention",
                 "cu_seqlens": batch.layout.cu_seqlens.tobytes(),
@@ -306,7 +311,7 @@ class ContextParallel:
                 "kind of device": q.device.type,
                 "mask": (bool(causal), build.checked_window(window)),
                 "scalars": (call.softmax_scale, call.softcap, call.deterministic, sinks is not None),
-                "gradients": (needed, call.keep_gathered, call.grad_reduce_dtype),
+                "gradients": (needed(), call.keep_gathered, call.grad_reduce_dtype),
                 "groups of heads": (call.groups, call.largest, call.in_turn),
             }
 

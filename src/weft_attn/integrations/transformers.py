@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -294,8 +295,24 @@ def _refuse_in_batch(batch: ActiveBatch, module: Any, use_cache: bool | None) ->
     if batch.parallel.world_size > 1:
         context_parallel.refuse_rope_that_ranks_disagree_on(config, batch.longest_document)
     # In training nobody reads the cache that a model fills unless told not to.
-    if use_cache and not getattr(module, "training", False):
-        raise Unsupported("a KV cache has no place in a context-parallel batch: expected use_cache=False, given True")
+    if not getattr(module, "training", False) and (use_cache or _fills_a_cache(module)):
+        raise Unsupported(
+            "a KV cache has no place in a context-parallel batch, whose keys here are this rank's alone: expected use_cache=False and no cache, "
+            "given one"
+        )
+
+
+def _fills_a_cache(module: Any) -> bool:
+    """Whether the layer that attends was given a cache, which transformers shows to the layer alone.
+
+    Some models (Gemma-2 and 3) keep use_cache to themselves, any layer fills a cache that it is given, and an empty one changes nothing
+    that an attention or a mask is told. So the layer's own call is asked, by type: the name changes between releases.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_locals.get("self") is not module:
+        frame = frame.f_back
+    cache = importlib.import_module("transformers").Cache
+    return frame is not None and any(isinstance(x, cache) for x in frame.f_locals.values())
 
 
 def _window_in_batch(mask: torch.Tensor | None, causal: bool, sliding_window: int | None, flash: PackedKwargs) -> Window:
