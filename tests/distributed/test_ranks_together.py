@@ -365,6 +365,16 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
     return told
 
 
+def gathers_of_a_kept_backward(rank: int, world_size: int) -> int:
+    """In the backward of a call that keeps what it gathered, where sinks alone train."""
+    cp, sinks = weft.ContextParallel(keep_gathered=True), torch.zeros(2, requires_grad=True)
+    x = cp.shard(CU, torch.randn(33, 2, 16))
+    out = attention(cp, x, x, x, sinks=sinks)
+    with mock.patch.object(Ranks, "all_gather", autospec=True, side_effect=Ranks.all_gather) as gather:
+        out.sum().backward()
+    return gather.call_count
+
+
 def evaluated_under_a_cap(rank: int, world_size: int) -> list[bool]:
     """Under the least cap that training takes, a call without gradients too, kept or gathered again; the same values."""
     equal = []
@@ -424,6 +434,7 @@ QUESTIONS: dict[str, Callable[[int, int], Any]] = {
         checkpointed,
         groups_of_ranks,
         disagreements,
+        gathers_of_a_kept_backward,
         evaluated_under_a_cap,
         second_derivatives,
         left_alone,
@@ -504,6 +515,10 @@ def test_in_debug_mode_all_ranks_are_told_who_differs_in_what(answers: list[dict
         assert message.startswith("InvalidInput: all ranks make the same call")
         assert f"{fact} on rank 1" in message
     assert all("gradients on rank 1" in each["gradients of sinks"] for each in told)
+
+
+def test_what_is_kept_serves_the_gradient_of_sinks_alone(answers: list[dict[str, Any]]) -> None:
+    assert [answer["gathers_of_a_kept_backward"] for answer in answers] == [0, 0, 0]
 
 
 def test_forward_mode_derivatives_are_refused_over_ranks_too(answers: list[dict[str, Any]]) -> None:
