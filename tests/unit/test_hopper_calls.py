@@ -68,7 +68,7 @@ def calls_of(cluster: int, *, heads_per_wave: int = 8, n_items: int = 1) -> tupl
     dq = HopperBackwardDqConfig(block_k=64, num_warps=4, num_stages=4, cluster=cluster)
     return (
         hopper_forward_call(**shared, sinks=None, out=q, lse=stats, config=forward),
-        hopper_backward_dq_call(**shared, dout=q, lse_log2=stats, delta=stats, dq=q, config=dq),
+        hopper_backward_dq_call(**shared, out=q, dout=q, lse=stats, dlse=None, lse_log2=stats, delta=stats, dq=q, config=dq),
     )
 
 

@@ -472,7 +472,7 @@ def test_a_call_says_how_many_query_heads_a_kv_head_has() -> None:
     q, kv = torch.empty(300, 12, 128, dtype=torch.bfloat16), torch.empty(300, 4, 128, dtype=torch.bfloat16)
     plan = Plan.dense(1, 300, 300)
     assert ops.problem_of(plan, q, kv, kv).group == 3
-    assert ops.execute.backward_problem(plan, q, kv, kv, q).group == 3
+    assert ops.execute.backward_problem(plan, q, kv, kv, q, q).group == 3
 
 
 @pytest.mark.parametrize("cluster", [-1, 0, 3, 4])

@@ -64,7 +64,8 @@ def describe_choice(pass_name: str, case: Case, tensors: Tensors) -> str:
     if pass_name == "forward":
         choices = (running_choice(FORWARD, case, tensors),)
     else:
-        problem = ops.backward_problem(case.plan, tensors.q, tensors.k, tensors.v, tensors.dout)
+        # The result of a forward lies in memory like q, and so does its gradient.
+        problem = ops.backward_problem(case.plan, tensors.q, tensors.k, tensors.v, tensors.q, tensors.dout)
         deterministic = ops.is_deterministic(case.deterministic)
         choices = select_backward(problem, device_of(tensors.device), deterministic=deterministic)
     return "; ".join(f"{describe_config(c.config)} [{c.source}]" for c in choices)

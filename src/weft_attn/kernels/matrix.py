@@ -322,7 +322,8 @@ def _hopper_call(
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
         summed = dq_sum if isinstance(config, HopperBackwardConfig) else None
         return hopper_backward_call(dk=gradient, dv=gradient, dq_sum=summed, last_heads=1, **turns, **grid, **backward)
-    return hopper_backward_dq_call(dq=rows, **grid, **backward)
+    dlse = None if sinks is None else statistics
+    return hopper_backward_dq_call(dq=rows, out=rows, lse=statistics, dlse=dlse, **grid, **backward)
 
 
 def compile_all(chosen: Sequence[Variant], workers: int = 2) -> Iterator[Outcome]:

@@ -120,7 +120,8 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
             return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 2 * 64 * 4)
         return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * shape.head_dim * 4
     assert isinstance(config, HopperBackwardDqConfig)
-    return 2 * own + config.num_stages * 2 * config.block_k * row
+    # q, dout and out.
+    return 3 * own + config.num_stages * 2 * config.block_k * row
 
 
 def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: int) -> int:

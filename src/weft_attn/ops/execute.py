@@ -84,7 +84,9 @@ def _problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, t
     )
 
 
-def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor) -> Problem:
+def backward_problem(
+    plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, dout: torch.Tensor
+) -> Problem:
     """As `problem_of`, for all kernels of a backward, so that they are chosen alike.
 
     The copy engine counts elements in int32, and so do kernels that read statistics themselves.
@@ -92,7 +94,7 @@ def backward_problem(plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
 
     statistics = math.prod(stats_shape(q.shape[1], q.shape[0], SHIFTED_COPIES))
-    describable = _describable(q, k, v, dout) and statistics < 2**31
+    describable = _describable(q, k, v, out, dout) and statistics < 2**31
     return _problem(plan, q, k, v, tma_possible=describable)
 
 
@@ -346,10 +348,10 @@ def attention_backward_into(
 def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float, deterministic: bool) -> Recipe:
     from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, stats_shape
 
-    q, k, v, dout, dq = tensors["q"], tensors["k"], tensors["v"], tensors["dout"], tensors["dq"]
+    q, k, v, out, dout, dq = (tensors[name] for name in ("q", "k", "v", "out", "dout", "dq"))
     heads, total_q = q.shape[1], q.shape[0]
     device = device_of(q.device)
-    problem = backward_problem(plan, q, k, v, dout)
+    problem = backward_problem(plan, q, k, v, out, dout)
     delta_config = select("delta", problem, device).config
 
     def delta(t: Any) -> KernelCall:
@@ -371,10 +373,13 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
     else:
         wanted = [kernels for kernels, wants in ((DKDV_KERNELS, wants_dkdv), (DQ_KERNELS, wants_dq)) if wants]
         prepared = [prepare_backward(select_first(kernels, problem, device), plan, q, k, v) for kernels in wanted]
-    steps = [Step(delta)] if total_q else []
-    steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     # Through the copy engine from shifted copies.
     by_copy_engine = any(isinstance(each.config, BackwardDkdvConfig) and each.config.use_tma for each in prepared)
+    steps = [Step(delta)] if total_q else []
+    if any(_makes_statistics(each) for each in prepared) and not by_copy_engine:
+        # First, because the other kernel reads them.
+        steps, prepared = [], sorted(prepared, key=_makes_statistics, reverse=True)
+    steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
     scratch = dict(delta=Scratch(stats), lse_log2=Scratch(stats))
     if any(each.config.kernel == FUSED_KERNEL for each in prepared):
@@ -405,6 +410,11 @@ def _prepare_all(
                 return [prepared]
     chosen = select_backward(problem, device, deterministic=deterministic)
     return [prepare_backward(choice, plan, q, k, v) for choice in chosen]
+
+
+def _makes_statistics(prepared: PreparedBackward) -> bool:
+    """Whether a kernel makes the row statistics that it needs."""
+    return isinstance(prepared.config, HopperBackwardDqConfig)
 
 
 def _gradient_step(
@@ -441,7 +451,7 @@ def _gradient_step(
 
         shared |= dict(counter=t["counter"], multiprocessors=multiprocessors)
         if kernel in DQ_KERNELS:
-            return hopper_backward_dq_call(**shared, dq=t["dq"])
+            return hopper_backward_dq_call(**shared, out=t["out"], lse=t["lse"], dlse=t["dlse"], dq=t["dq"])
         shared |= dict(last_heads=prepared.last_heads)
         if prepared.in_turn:
             shared |= dict(turns=t["turns"], afters=prepared.stream.afters)

@@ -2,8 +2,12 @@
 
     P_ij = exp2(s_ij - lse_log2_i),   dS_ij = P_ij (dout_i.v_j - delta_i),   dQ_i = scale * sum_j dS_ij k_j
 
-q, dout, dq (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128; lse_log2, delta (Hq * Tq) float32 from triton/delta.py. Items of 128
+q, out, dout, dq (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128; lse, dlse (Hq, Tq) float32, natural log. Items of 128
 rows, edge tiles first. q and dout of a row stay in registers. Deterministic. Rows that see no key get zeros.
+
+It makes the row statistics itself, of the rows that it holds, as triton/delta.py says what they are: where documents are short, a pass over
+out and dout for them alone is a sixth of a backward (docs/adr/0029). lse_log2 and delta (Hq * Tq) float32 are written for the kernel that
+computes dK and dV, which runs after this one.
 """
 
 from typing import Any
@@ -51,8 +55,11 @@ class Problem:
 
     q_desc: tma.tensor_descriptor
     dout_desc: tma.tensor_descriptor
+    out_desc: tma.tensor_descriptor
     k_desc: tma.tensor_descriptor
     v_desc: tma.tensor_descriptor
+    lse_ptr: gl.tensor
+    dlse_ptr: gl.tensor
     lse_log2_ptr: gl.tensor
     delta_ptr: gl.tensor
     dq_ptr: gl.tensor
@@ -60,10 +67,13 @@ class Problem:
     runs_ptr: gl.tensor
     stride_qh: gl.tensor
     stride_doh: gl.tensor
+    stride_oh: gl.tensor
     stride_kh: gl.tensor
     stride_vh: gl.tensor
     stride_dqt: gl.tensor
     stride_dqh: gl.tensor
+    stride_lse_h: gl.tensor
+    stride_dlse_h: gl.tensor
     stride_stats_h: gl.tensor
     softmax_scale: gl.tensor
     inner_scale: gl.tensor
@@ -72,23 +82,30 @@ class Problem:
     HEAD_DIM: gl.constexpr
     BLOCK_K: gl.constexpr
     HAS_SOFTCAP: gl.constexpr
+    HAS_DLSE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, q_desc, dout_desc, k_desc, v_desc, lse_log2_ptr, delta_ptr, dq_ptr, items_ptr, runs_ptr,
-        stride_qh, stride_doh, stride_kh, stride_vh, stride_dqt, stride_dqh, stride_stats_h,
-        softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
+        self, q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, dlse_ptr, lse_log2_ptr, delta_ptr, dq_ptr,
+        items_ptr, runs_ptr, stride_qh, stride_doh, stride_oh, stride_kh, stride_vh, stride_dqt, stride_dqh,
+        stride_lse_h, stride_dlse_h, stride_stats_h, softmax_scale, inner_scale, outer_scale,
+        GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP, HAS_DLSE,
     ):  # fmt: skip
-        self.q_desc, self.dout_desc, self.k_desc, self.v_desc = q_desc, dout_desc, k_desc, v_desc
+        self.q_desc, self.dout_desc, self.out_desc = q_desc, dout_desc, out_desc
+        self.k_desc, self.v_desc = k_desc, v_desc
+        self.lse_ptr, self.dlse_ptr = lse_ptr, dlse_ptr
         self.lse_log2_ptr, self.delta_ptr, self.dq_ptr = lse_log2_ptr, delta_ptr, dq_ptr
         self.items_ptr, self.runs_ptr = items_ptr, runs_ptr
-        self.stride_qh, self.stride_doh, self.stride_kh, self.stride_vh = stride_qh, stride_doh, stride_kh, stride_vh
-        self.stride_dqt, self.stride_dqh, self.stride_stats_h = stride_dqt, stride_dqh, stride_stats_h
+        self.stride_qh, self.stride_doh, self.stride_oh = stride_qh, stride_doh, stride_oh
+        self.stride_kh, self.stride_vh = stride_kh, stride_vh
+        self.stride_dqt, self.stride_dqh = stride_dqt, stride_dqh
+        self.stride_lse_h, self.stride_dlse_h, self.stride_stats_h = stride_lse_h, stride_dlse_h, stride_stats_h
         self.softmax_scale, self.inner_scale, self.outer_scale = softmax_scale, inner_scale, outer_scale
         self.GROUP = gl.constexpr(GROUP)
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_K = gl.constexpr(BLOCK_K)
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
+        self.HAS_DLSE = gl.constexpr(HAS_DLSE)
 
 
 @aggregate
@@ -98,13 +115,15 @@ class Memory:
     schedule: Schedule
     q: Ring
     dout: Ring
+    out: Ring
     k: Ring | SharedRing
     v: Ring | SharedRing
     cleaned: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, schedule, q, dout, k, v, cleaned):
-        self.schedule, self.q, self.dout, self.k, self.v, self.cleaned = schedule, q, dout, k, v, cleaned
+    def __init__(self, schedule, q, dout, out, k, v, cleaned):
+        self.schedule, self.q, self.dout, self.out = schedule, q, dout, out
+        self.k, self.v, self.cleaned = k, v, cleaned
 
 
 @gluon.jit
@@ -124,6 +143,7 @@ def _produce(p, memory):
         for consumer in gl.static_range(CONSUMERS):
             memory.q.load(turn * CONSUMERS + consumer, p.q_desc, row + consumer * ROWS, head * p.stride_qh)
             memory.dout.load(turn * CONSUMERS + consumer, p.dout_desc, row + consumer * ROWS, head * p.stride_doh)
+            memory.out.load(turn * CONSUMERS + consumer, p.out_desc, row + consumer * ROWS, head * p.stride_oh)
         kv_head = head // p.GROUP
         step = load_keys_and_values(p, memory, step, kv_head, edge_run, edge_tiles)
         if is_short:
@@ -136,6 +156,26 @@ def _produce(p, memory):
         turn += 1
     schedule.finish()
     schedule.dealer.meet()
+
+
+@gluon.jit
+def _make_statistics(p, out, dout, head, rows, is_row):
+    """lse_log2 and delta of 64 rows, written too; `out` and `dout` as left operands of a product."""
+    row_layout: gl.constexpr = rows.type.layout
+    head = head.to(gl.int64)
+    lse = gl.load(p.lse_ptr + head * p.stride_lse_h + rows, mask=is_row, other=float("-inf"))
+    lse_log2 = gl.where(lse == float("-inf"), float("inf"), lse * layout.LOG2_E)
+    # A thread has the same elements of an operand as of a product.
+    products = gl.convert_layout(out.to(gl.float32) * dout.to(gl.float32), product_layout(p.HEAD_DIM))
+    delta = gl.convert_layout(gl.sum(products, 1), row_layout)
+    if p.HAS_DLSE:
+        delta -= gl.load(p.dlse_ptr + head * p.stride_dlse_h + rows, mask=is_row, other=0.0)
+    # Beyond the document are others' rows.
+    delta = gl.where(is_row, delta, 0.0)
+    stats = head * p.stride_stats_h + rows
+    gl.store(p.lse_log2_ptr + stats, lse_log2, mask=is_row)
+    gl.store(p.delta_ptr + stats, delta, mask=is_row)
+    return lse_log2, delta
 
 
 @gluon.jit
@@ -185,13 +225,12 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows
-        stats = head.to(gl.int64) * p.stride_stats_h + rows
-        lse_log2 = gl.load(p.lse_log2_ptr + stats, mask=is_row, other=float("inf"))
-        delta = gl.load(p.delta_ptr + stats, mask=is_row, other=0.0)
         dq_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         q_step = turn * CONSUMERS + CONSUMER
         q_operand = memory.q.wait(q_step).load(operand_layout)
         dout_operand = memory.dout.wait(q_step).load(operand_layout)
+        out_operand = memory.out.wait(q_step).load(operand_layout)
+        lse_log2, delta = _make_statistics(p, out_operand, dout_operand, head, rows, is_row)
         is_edge = edge_tiles > 0
         if edge_tiles + interior_tiles > 0:
             # The item's first tile. In an interior tile every row sees every column.
@@ -205,9 +244,11 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             dq_acc = _accumulate_tile(p, memory, step, q_operand, dout_operand, lse_log2, delta, dq_acc, first, stop, col, True)
             step += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
-        # Not before: only products that have used the registers say that what was read from shared memory has come.
+        # Not before: only products that have used the registers say that what was read from shared memory has come. Of out, statistics
+        # that were written say it.
         memory.q.release(q_step)
         memory.dout.release(q_step)
+        memory.out.release(q_step)
 
         for _ in range(gl.maximum(edge_tiles - 1, 0)):
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
@@ -236,8 +277,11 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
 def hopper_backward_dq_kernel(
     q_desc,
     dout_desc,
+    out_desc,
     k_desc,
     v_desc,
+    lse_ptr,
+    dlse_ptr,
     lse_log2_ptr,
     delta_ptr,
     dq_ptr,
@@ -245,10 +289,13 @@ def hopper_backward_dq_kernel(
     runs_ptr,
     stride_qh,
     stride_doh,
+    stride_oh,
     stride_kh,
     stride_vh,
     stride_dqt,
     stride_dqh,
+    stride_lse_h,
+    stride_dlse_h,
     stride_stats_h,
     n_items,
     n_heads,
@@ -262,27 +309,30 @@ def hopper_backward_dq_kernel(
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
+    HAS_DLSE: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     IN_PAIRS: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     # An integer that is 1 comes as a constant.
     p = Problem(
-        q_desc, dout_desc, k_desc, v_desc, lse_log2_ptr, delta_ptr, dq_ptr, items_ptr, runs_ptr,
-        gl.to_tensor(stride_qh), gl.to_tensor(stride_doh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh),
-        gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_stats_h),
-        softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP,
+        q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, dlse_ptr, lse_log2_ptr, delta_ptr, dq_ptr, items_ptr, runs_ptr,
+        gl.to_tensor(stride_qh), gl.to_tensor(stride_doh), gl.to_tensor(stride_oh), gl.to_tensor(stride_kh),
+        gl.to_tensor(stride_vh), gl.to_tensor(stride_dqt), gl.to_tensor(stride_dqh), gl.to_tensor(stride_lse_h),
+        gl.to_tensor(stride_dlse_h), gl.to_tensor(stride_stats_h),
+        softmax_scale, inner_scale, outer_scale, GROUP, HEAD_DIM, BLOCK_K, HAS_SOFTCAP, HAS_DLSE,
     )  # fmt: skip
     dealer = make_dealer(counter_ptr, IN_PAIRS)
     schedule = make_schedule(
         dealer, gl.to_tensor(n_items), gl.to_tensor(n_heads), gl.to_tensor(heads_per_wave), gl.to_tensor(0), CONSUMERS,
         PRODUCER_WARPS=1,
     )  # fmt: skip
-    # A slot of q and dout for each consumer, which only that consumer releases.
+    # A slot of q, dout and out for each consumer, which only that consumer releases.
     q = make_ring(q_desc, CONSUMERS, 1)
     dout = make_ring(dout_desc, CONSUMERS, 1)
-    k, v = make_key_rings(k_desc, v_desc, dealer, "hopper_backward_dq_kernel", 2, STAGES, STAGES, CONSUMERS, IN_PAIRS)
-    memory = Memory(schedule, q, dout, k, v, make_agreement(CONSUMERS))
+    out = make_ring(out_desc, CONSUMERS, 1)
+    k, v = make_key_rings(k_desc, v_desc, dealer, "hopper_backward_dq_kernel", 3, STAGES, STAGES, CONSUMERS, IN_PAIRS)
+    memory = Memory(schedule, q, dout, out, k, v, make_agreement(CONSUMERS))
     fence_async_shared()
     start(_produce, _consume, p, memory, CONSUMERS, CONSUMER_REGISTERS, IN_PAIRS)
 
@@ -292,7 +342,10 @@ def hopper_backward_dq_call(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    out: torch.Tensor,
     dout: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
     lse_log2: torch.Tensor,
     delta: torch.Tensor,
     dq: torch.Tensor,
@@ -309,7 +362,9 @@ def hopper_backward_dq_call(
     """The dQ launch.
 
     Args:
-        q, k, v, dout, lse_log2, delta, dq: as in the module's text; last dimensions contiguous, strides in whole 16 bytes.
+        q, k, v, out, dout, lse, dlse, dq: as in the module's text; last dimensions contiguous, strides in whole 16 bytes; dlse None:
+            the loss does not read lse.
+        lse_log2, delta: as in the module's text, written.
         items, runs: tables of plan/stream.py, cut with rows_per_tile = 128 and block_cols = block_k.
         heads_per_wave: heads whose items run together.
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
@@ -324,8 +379,12 @@ def hopper_backward_dq_call(
         arguments=dict(
             q_desc=head_box(q, ROWS.value),
             dout_desc=head_box(dout, ROWS.value),
+            out_desc=head_box(out, ROWS.value),
             k_desc=head_box(k, config.block_k // config.cluster),
             v_desc=head_box(v, config.block_k // config.cluster),
+            lse_ptr=lse,
+            # Never read without dlse; an argument has to be a pointer.
+            dlse_ptr=lse if dlse is None else dlse,
             lse_log2_ptr=lse_log2,
             delta_ptr=delta,
             dq_ptr=dq,
@@ -333,10 +392,13 @@ def hopper_backward_dq_call(
             runs_ptr=runs,
             stride_qh=q.stride(1),
             stride_doh=dout.stride(1),
+            stride_oh=out.stride(1),
             stride_kh=k.stride(1),
             stride_vh=v.stride(1),
             stride_dqt=dq.stride(0),
             stride_dqh=dq.stride(1),
+            stride_lse_h=lse.stride(0),
+            stride_dlse_h=0 if dlse is None else dlse.stride(0),
             stride_stats_h=q.shape[0],
             n_items=n_items,
             n_heads=heads // config.cluster,
@@ -353,6 +415,7 @@ def hopper_backward_dq_call(
             BLOCK_K=config.block_k,
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
+            HAS_DLSE=dlse is not None,
             CONSUMER_REGISTERS=config.consumer_registers,
             IN_PAIRS=config.cluster > 1,
         ),
