@@ -268,6 +268,15 @@ def test_zero_by_cancellation_is_held_to_the_roundoff_of_its_terms() -> None:
     assert not budget(oracle + 1e-7, oracle, oracle).passed
 
 
+def test_large_exponents_are_allowed_their_own_rounding() -> None:
+    oracle = torch.ones(4, 8, dtype=torch.float64)
+    off = oracle * (1 + 100 * 2.0**-24)
+    assert budget(off, oracle, oracle, dtype=torch.float32, exponent=30.0).passed
+    for exponent in (0.0, 4.0, 20.0):
+        assert not budget(off, oracle, oracle, dtype=torch.float32, exponent=exponent).passed
+    assert rounding_band(torch.float32, exponent=4.0) == rounding_band(torch.float32)
+
+
 def test_terms_do_not_excuse_a_row_that_they_are_not_of() -> None:
     oracle, _ = tensors(64, 4, 32)
     terms = torch.zeros(64, 4, 1)

@@ -7,7 +7,9 @@ PyTorch in the input dtype. With e(x) = |x - oracle| / |oracle|,
 
 once with the Frobenius norm over the tensor, and once as the largest element of |x - oracle|, each over the size of its own
 row, so that one wrong row of a large tensor is caught. u is the unit roundoff of the dtype that results are rounded to: half an
-ulp of 1. The 16 units of float32 are for its arithmetic: sums in another order, and a hardware exp2 that errs by 2 ulp.
+ulp of 1. The 16 units of float32 are for its arithmetic: sums in another order, and a hardware exp2 that errs by 2 ulp. Where scores
+are large they are 4 times the largest |lse|: a product in another order, its scale, lse and their difference err by units of their own
+size each, and a weight by as much of itself. Which order a CPU's libraries take depends on the CPU.
 
 e(baseline) is the larger error of two PyTorch programs: autograd through the reference, every operation in the input dtype; and
 `blockwise`, the formulas of FlashAttention (float32 sums, operands of products rounded, delta = rowsum(dO * out) from the
@@ -37,6 +39,7 @@ from weft_attn.testing.cases import Case, Inputs
 
 BASELINE_FACTOR = 2.0
 ARITHMETIC_UNITS = 16
+EXPONENT_UNITS = 4
 FLOAT32_UNIT = 2.0**-24
 
 
@@ -54,9 +57,14 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def rounding_band(dtype: torch.dtype, *, truncated: bool = False) -> float:
-    """What rounding and float32 arithmetic may add to twice the baseline's error."""
-    return unit_roundoff(dtype) * (2 if truncated else 1) + ARITHMETIC_UNITS * FLOAT32_UNIT
+def rounding_band(dtype: torch.dtype, *, truncated: bool = False, exponent: float = 0.0) -> float:
+    """What rounding and float32 arithmetic may add to twice the baseline's error.
+
+    Args:
+        exponent: size of the exponents that weights are computed from.
+    """
+    units = max(ARITHMETIC_UNITS, EXPONENT_UNITS * exponent)
+    return unit_roundoff(dtype) * (2 if truncated else 1) + units * FLOAT32_UNIT
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ def budget(
     truncated: bool = False,
     smallest: float = 0.0,
     terms: torch.Tensor | None = None,
+    exponent: float = 0.0,
 ) -> Budget:
     """Measure `actual` against the oracle and what the baseline allows.
 
@@ -100,6 +109,7 @@ def budget(
         truncated: casts to dtype truncate (see the module's text).
         smallest: the least size of a row.
         terms: size of the terms whose sum an element is, where they cancel; broadcasts to the tensor.
+        exponent: as in `rounding_band`.
     """
     baselines = [baseline] if isinstance(baseline, torch.Tensor) else list(baseline)
     if any(x.shape != oracle64.shape for x in (actual, *baselines)):
@@ -131,7 +141,7 @@ def budget(
     error, off = errors(a, beyond)
     base = [errors(b, torch.zeros_like(rows)) for b in bs]
     factor = BASELINE_FACTOR * (2 if truncated else 1)
-    band = rounding_band(dtype or actual.dtype, truncated=truncated)
+    band = rounding_band(dtype or actual.dtype, truncated=truncated, exponent=exponent)
     worst = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     return Budget(
         error,
@@ -163,9 +173,10 @@ def assert_close_to_oracle(
     truncated: bool = False,
     smallest: float = 0.0,
     terms: torch.Tensor | None = None,
+    exponent: float = 0.0,
 ) -> Budget:
     """Raise an AssertionError that names the tensor, the errors, the bounds and the worst element; see `budget`."""
-    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, terms=terms)
+    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, terms=terms, exponent=exponent)
     if not found.passed:
         raise AssertionError(_describe(name, found, actual, oracle64))
     return found
@@ -271,6 +282,7 @@ def assert_matches_oracle(
     oracle = oracle or oracle_of(case, plan, inputs, gradients=gradients)
     baselines = baselines or baselines_of(case, plan, inputs, gradients=gradients)
     terms = {name: size for b in baselines for name, size in b.terms.items()}
+    exponent = float(oracle.lse[oracle.lse.isfinite()].abs().max()) if oracle.lse.isfinite().any() else 0.0
     budgets = {}
     for name, tensor in actual.items():
         exact, plain = getattr(oracle, name), [getattr(b, name) for b in baselines]
@@ -288,6 +300,7 @@ def assert_matches_oracle(
                 dtype=case.dtype,
                 truncated=truncates(case.dtype, inputs.q.device),
                 terms=terms.get(name),
+                exponent=exponent,
             )
     return budgets
 
