@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import weft_attn as weft
-from weft_attn.launch import override, parts
+from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
@@ -83,25 +82,6 @@ def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) ->
         with override(*configs):
             found = evaluate(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), given)  # type: ignore[arg-type] # noqa: B023
         assert_matches_oracle(found, case, plan, inputs)
-
-
-@pytest.mark.parametrize("poison", [False, True])
-def test_documents_of_few_and_of_many_keys_in_one_call_match_the_oracle(monkeypatch: pytest.MonkeyPatch, poison: bool) -> None:
-    """Each kind by its own kernels, in memory that no kernel may leave as it was, with rows that see nothing and keys that nobody sees."""
-    monkeypatch.setattr(parts, "LEAST_ROUNDS", 0)
-    lengths = [300, 2301, 17, 640, 0, 3000, 129]
-    offsets = [0, *itertools.accumulate(lengths)]
-    documents = weft.Plan.from_cu_seqlens(offsets, offsets, causal=True)
-    plan = weft.Plan(documents.slices, documents.total_q + 70, documents.total_k + 200)
-    case = Case(heads=8, kv_heads=2, head_dim=128, dtype=torch.bfloat16, sinks=True)
-    inputs = make_inputs(case, plan, DEVICE)
-    given = inputs.poisoned(plan) if poison else inputs
-    for _ in range(2):
-        # What is freed here is what gradients and sums are put into next.
-        torch.full((2**26,), math.nan, device=DEVICE)
-        found = evaluate(lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True), given)  # type: ignore[arg-type]
-    assert {tiling.seen is None for tiling, _ in plan._streams} == {True, False}, "the forward's alone has all rows"
-    assert_matches_oracle(found, case, plan, inputs)
 
 
 # Tensors without rows cannot be described to the copy engine: such calls are the portable kernels'.

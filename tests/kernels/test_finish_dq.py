@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -27,34 +25,6 @@ def test_the_sum_is_zeroed_beside_the_statistics_and_nothing_else(rows: int, hea
     assert (dq_sum == 0).all()
     assert memory[[0, -1]].isnan().all()
     torch.testing.assert_close(delta[0, : heads * rows].view(heads, rows), (out * dout).sum(2).T)
-
-
-def test_only_the_rows_of_items_are_swept() -> None:
-    heads, dim, rows = 3, 32, 100
-    items = torch.zeros(3, 8, dtype=torch.int32)
-    items[:, :2] = torch.tensor([[40, 16], [3, 5], [90, 10]])
-    own = torch.zeros(rows, dtype=torch.bool)
-    for row, n in items[:, :2].tolist():
-        own[row : row + n] = True
-    out, dout = torch.randn(2, rows, heads, dim)
-    lse = torch.randn(heads, rows)
-    dq_sum = torch.full((heads, rows, dim), NAN)
-    delta, lse_log2 = torch.full((2, *stats_shape(heads, rows, 1)), NAN)
-    config = DeltaConfig(block_rows=16, num_warps=4, num_stages=1)
-    statistics = dict(out=out, dout=dout, lse=lse, dlse=None, delta=delta, lse_log2=lse_log2, dq_sum=dq_sum, items=items)
-    delta_call(**statistics, config=config).launch()  # type: ignore[arg-type]
-    assert (dq_sum[:, own] == 0).all()
-    assert dq_sum[:, ~own].isnan().all()
-    for found, exact in ((delta, (out * dout).sum(2).T), (lse_log2, lse / math.log(2))):
-        by_head = found[0, : heads * rows].view(heads, rows)
-        torch.testing.assert_close(by_head[:, own], exact[:, own])
-        assert by_head[:, ~own].isnan().all()
-
-    dq_sum, dq = torch.ones(heads, rows, dim), torch.full((rows, heads, dim), NAN)
-    finish = FinishDqConfig(block_rows=16, num_warps=4, num_stages=1)
-    finish_dq_call(dq_sum=dq_sum, dq=dq, softmax_scale=0.5, items=items, config=finish).launch()
-    assert (dq[own] == 0.5).all()
-    assert dq[~own].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,17 +126,6 @@ def test_tables_of_random_plans_visit_each_visible_cell_once(
     plan: Plan, rows: int, cols: int, max_tiles: int | None, transposed: bool
 ) -> None:
     check_stream(plan, Tiling(rows, cols, max_tiles, transposed))
-
-
-@pytest.mark.parametrize("tiling", TILINGS[1::2] + TILINGS[-4:], ids=str)
-@pytest.mark.parametrize("least", [1, 15.5])
-def test_documents_of_few_and_of_many_keys_visit_each_visible_cell_once(tiling: Tiling, least: float) -> None:
-    for make in PLANS.values():
-        plan = make(40)
-        mask = plan.to_mask().numpy()
-        halves = [replace(tiling, seen=seen) for seen in ((0, least), (least, np.inf))]
-        visits = sum(replay(plan, half, host_stream(plan, half)) for half in halves)
-        np.testing.assert_array_equal(visits, mask.T if tiling.transposed else mask)
 
 
 def test_interior_tiles_are_most_of_a_long_causal_plan() -> None:

@@ -19,8 +19,7 @@ from weft_attn.bench.timing import Call, Clock, Notify, Pace, clock_of, interlea
 from weft_attn.errors import Unsupported
 from weft_attn.launch.config import LaunchConfig
 from weft_attn.launch.device import device_of
-from weft_attn.launch.parts import backward_parts
-from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, override, select, select_first
+from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, Choice, override, select, select_backward, select_first
 from weft_attn.testing.compare import Budget
 
 FORWARD, DKDV, DQ = "forward", "backward_dkdv", "backward_dq"
@@ -68,9 +67,7 @@ def describe_choice(pass_name: str, case: Case, tensors: Tensors) -> str:
         # The result of a forward lies in memory like q, and so does its gradient.
         problem = ops.backward_problem(case.plan, tensors.q, tensors.k, tensors.v, tensors.q, tensors.dout)
         deterministic = ops.is_deterministic(case.deterministic)
-        kv_heads, device = tensors.k.shape[1], device_of(tensors.device)
-        parts = backward_parts(case.plan, problem, kv_heads, device, deterministic=deterministic)
-        choices = tuple(choice for part in parts for choice in part.choices)
+        choices = select_backward(problem, device_of(tensors.device), deterministic=deterministic)
     return "; ".join(f"{describe_config(c.config)} [{c.source}]" for c in choices)
 
 

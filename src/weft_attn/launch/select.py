@@ -226,14 +226,6 @@ def select_fused(problem: Problem, device: Device) -> Choice | None:
     return _search_tables(FUSED_KERNEL, problem, device)[0]
 
 
-def least_keys_of_fused(problem: Problem, device: Device) -> int | None:
-    """From how many keys a query on, in the mean, that kernel is chosen by tables; None: never, or whatever the tables say."""
-    if any(kernel in _overrides for kernel in (FUSED_KERNEL, *DKDV_KERNELS, *DQ_KERNELS)):
-        return None
-    served = (keys for keys in sorted(_key_numbers()) if is_served(FUSED_KERNEL, replace(problem, keys_per_query=keys), device))
-    return next(served, None)
-
-
 def select_in_turn(problem: Problem, device: Device) -> Choice | None:
     """The config of the kernel that computes all gradients with programs that add in turn, deterministic; None: there is none.
 

@@ -15,18 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weft_attn.errors import Unsupported
-from weft_attn.launch.config import (
-    BackwardDkdvConfig,
-    DeltaConfig,
-    FinishDqConfig,
-    HopperBackwardDqConfig,
-    HopperConfig,
-    HopperForwardConfig,
-    LaunchConfig,
-    StreamConfig,
-)
+from weft_attn.launch.config import BackwardDkdvConfig, HopperBackwardDqConfig, HopperConfig, HopperForwardConfig, StreamConfig
 from weft_attn.launch.device import Device, device_of
-from weft_attn.launch.parts import backward_parts
 from weft_attn.launch.select import (
     DKDV_KERNELS,
     DQ_KERNELS,
@@ -34,13 +24,13 @@ from weft_attn.launch.select import (
     Choice,
     Problem,
     select,
+    select_backward,
     select_first,
     select_in_turn,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
 from weft_attn.ops.recipes import Counter, Recipe, Scratch, Step, Tensors, run_recipe
 from weft_attn.plan.in_step import Grid
-from weft_attn.plan.seen import Seen
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
 from weft_attn.reference import reference_attention, reference_gradients
@@ -269,31 +259,20 @@ def _hopper_forward_recipe(prepared: PreparedForward, multiprocessors: int, soft
 
 # ---- backward -------------------------------------------------------------------------------------------------------------
 
-# Columns of the tiles of items that are swept over row by row: none is looked at.
-SWEPT_COLUMNS = 128
-
 
 @dataclass(frozen=True)
 class PreparedBackward:
-    """A backward kernel's config, stream and waves for one plan, or for the documents of it that see so many keys."""
+    """A backward kernel's config, stream and waves for one plan."""
 
     config: StreamConfig | HopperConfig
     stream: DeviceStream
     wave: int
     last_heads: int = 0
     in_turn: bool = False
-    seen: Seen | None = None
 
 
 def prepare_backward(
-    choice: Choice,
-    plan: Plan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    in_turn: bool = False,
-    seen: Seen | None = None,
+    choice: Choice, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, in_turn: bool = False
 ) -> PreparedBackward:
     """As `prepare_forward`, for a kernel that was chosen; `in_turn`: a fused one, whose programs add in turn if the plan lets them."""
     config = choice.config
@@ -301,17 +280,17 @@ def prepare_backward(
     group = q.shape[1] // k.shape[1]
     if config.kernel in DQ_KERNELS:
         assert isinstance(config, StreamConfig | HopperBackwardDqConfig)
-        stream = device_stream(plan, Tiling(*config.cut, seen=seen), q.device)
-        return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group, seen=seen)
+        stream = device_stream(plan, Tiling(*config.cut), q.device)
+        return PreparedBackward(config, stream, _wave(config, k, v, 1, k.shape[1]) * group)
     is_fused = config.kernel == FUSED_KERNEL
-    tiling = Tiling(*config.cut, transposed=True, masks_ragged=is_fused, in_turn=group if in_turn else 0, seen=seen)
+    tiling = Tiling(*config.cut, transposed=True, masks_ragged=is_fused, in_turn=group if in_turn else 0)
     if isinstance(config, HopperConfig):
         multiprocessors = device_of(q.device).multiprocessors
         stream = device_stream(plan, replace(tiling, grid=Grid(multiprocessors, k.shape[1])), q.device)
         late = last_heads(stream, multiprocessors, k.shape[1])
-        return PreparedBackward(config, stream, stream.heads_per_wave, late, len(stream.afters) > 0, seen)
+        return PreparedBackward(config, stream, stream.heads_per_wave, late, len(stream.afters) > 0)
     stream = device_stream(plan, tiling, q.device)
-    return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]), seen=seen)
+    return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]))
 
 
 def attention_backward_into(
@@ -367,12 +346,27 @@ def attention_backward_into(
 
 
 def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float, deterministic: bool) -> Recipe:
-    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, stats_shape
+    from weft_attn.kernels.triton.delta import SHIFTED_COPIES, delta_call, stats_shape
 
     q, k, v, out, dout, dq = (tensors[name] for name in ("q", "k", "v", "out", "dout", "dq"))
     heads, total_q = q.shape[1], q.shape[0]
     device = device_of(q.device)
     problem = backward_problem(plan, q, k, v, out, dout)
+    delta_config = select("delta", problem, device).config
+
+    def delta(t: Any) -> KernelCall:
+        return delta_call(
+            out=t["out"],
+            dout=t["dout"],
+            lse=t["lse"],
+            dlse=t["dlse"],
+            delta=t["delta"],
+            lse_log2=t["lse_log2"],
+            dq_sum=t.get("dq_sum"),
+            turns=t.get("turns"),
+            config=delta_config,
+        )
+
     wants_dkdv, wants_dq = tensors["dk"] is not None and k.shape[0] > 0, dq is not None and total_q > 0
     if wants_dkdv and wants_dq:
         prepared = _prepare_all(plan, problem, device, deterministic, q, k, v)
@@ -381,35 +375,27 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
         prepared = [prepare_backward(select_first(kernels, problem, device), plan, q, k, v) for kernels in wanted]
     # Through the copy engine from shifted copies.
     by_copy_engine = any(isinstance(each.config, BackwardDkdvConfig) and each.config.use_tma for each in prepared)
-    fused = next((each for each in prepared if each.config.kernel == FUSED_KERNEL), None)
+    steps = [Step(delta)] if total_q else []
+    if any(_makes_statistics(each) for each in prepared) and not by_copy_engine:
+        # First, because the other kernel reads them.
+        steps, prepared = [], sorted(prepared, key=_makes_statistics, reverse=True)
+    steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
     scratch = dict(delta=Scratch(stats), lse_log2=Scratch(stats))
-    if fused:
+    if any(each.config.kernel == FUSED_KERNEL for each in prepared):
+        from weft_attn.kernels.triton.finish_dq import finish_dq_call
+
+        finish_config = select("finish_dq", problem, device).config
         scratch["dq_sum"] = Scratch((heads, total_q, q.shape[2]))
-    if fused and fused.in_turn:
-        from weft_attn.kernels.hopper.add_in_turn import turns_shape
+        if any(each.in_turn for each in prepared):
+            from weft_attn.kernels.hopper.add_in_turn import turns_shape
 
-        scratch["turns"] = Scratch(turns_shape(heads, total_q), torch.int32)
-    # What makes the statistics of its rows goes first, because other kernels read them.
-    prepared.sort(key=_makes_statistics, reverse=True)
-    steps = [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
-    streams = [each.stream for each in prepared]
-
-    def sweep(kernel: str) -> tuple[LaunchConfig, torch.Tensor | None]:
-        """A kernel's config that passes over rows, and those of the fused kernel, where it has not all."""
-        config = select(kernel, problem, device).config
-        assert isinstance(config, DeltaConfig | FinishDqConfig)
-        if fused is None or fused.seen is None:
-            return config, None
-        streams.append(device_stream(plan, Tiling(config.block_rows, SWEPT_COLUMNS, seen=fused.seen), q.device))
-        return config, streams[-1].items
-
-    if total_q and (fused or by_copy_engine or not any(_makes_statistics(each) for each in prepared)):
-        steps.insert(0, Step(_delta_step(*sweep("delta"))))
-    if fused:
-        steps.append(Step(_finish_step(*sweep("finish_dq"), softmax_scale)))
+            scratch["turns"] = Scratch(turns_shape(heads, total_q), torch.int32)
+        steps.append(
+            Step(lambda t: finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, config=finish_config))
+        )
     is_persistent = any(isinstance(each.config, HopperConfig) for each in prepared)
-    return Recipe(streams, scratch, steps, Counter() if is_persistent else None)
+    return Recipe([each.stream for each in prepared], scratch, steps, Counter() if is_persistent else None)
 
 
 def _prepare_all(
@@ -422,36 +408,13 @@ def _prepare_all(
             prepared = prepare_backward(fused, plan, q, k, v, in_turn=True)
             if prepared.in_turn:
                 return [prepared]
-    parts = backward_parts(plan, problem, k.shape[1], device, deterministic=deterministic)
-    return [prepare_backward(choice, plan, q, k, v, seen=part.seen) for part in parts for choice in part.choices]
+    chosen = select_backward(problem, device, deterministic=deterministic)
+    return [prepare_backward(choice, plan, q, k, v) for choice in chosen]
 
 
 def _makes_statistics(prepared: PreparedBackward) -> bool:
     """Whether a kernel makes the row statistics that it needs."""
     return isinstance(prepared.config, HopperBackwardDqConfig)
-
-
-def _delta_step(config: LaunchConfig, items: torch.Tensor | None) -> Callable[[Any], KernelCall]:
-    """What puts together the launch that makes row statistics, of all rows or those of some items."""
-
-    def make(t: Any) -> KernelCall:
-        from weft_attn.kernels.triton.delta import delta_call
-
-        made = {name: t[name] for name in ("out", "dout", "lse", "dlse", "delta", "lse_log2")}
-        return delta_call(**made, dq_sum=t.get("dq_sum"), turns=t.get("turns"), items=items, config=config)
-
-    return make
-
-
-def _finish_step(config: LaunchConfig, items: torch.Tensor | None, softmax_scale: float) -> Callable[[Any], KernelCall]:
-    """What puts together the launch that ends a sum of dQ, of all rows or those of some items."""
-
-    def make(t: Any) -> KernelCall:
-        from weft_attn.kernels.triton.finish_dq import finish_dq_call
-
-        return finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, items=items, config=config)
-
-    return make
 
 
 def _gradient_step(

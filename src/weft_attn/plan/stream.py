@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from weft_attn.errors import Unsupported
 from weft_attn.plan.in_step import BY_ROUND, Arrangement, Grid, arrange, components
 from weft_attn.plan.in_turn import arrange_in_turn, is_worth_turns, take_turns, tiles_agree
-from weft_attn.plan.seen import Seen, documents_of
 from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementary_segments, transpose, visible_interval
 
 IntArray = NDArray[np.int64]
@@ -55,7 +54,6 @@ class Tiling:
         in_turn: heads of a group that an item visits each tile for, where items add to what belongs to the tile's columns one after the
             other (in_turn.py), with a grid; 0: they do not.
         grid: the persistent grid whose programs walk the items in step. None: items are listed longest first.
-        seen: only rows of the documents that see so many keys (seen.py). None: all rows.
     """
 
     rows_per_tile: int
@@ -65,7 +63,6 @@ class Tiling:
     masks_ragged: bool = False
     in_turn: int = 0
     grid: Grid | None = None
-    seen: Seen | None = None
 
 
 @dataclass(frozen=True)
@@ -267,30 +264,11 @@ def _ramps(counts: IntArray) -> IntArray:
     return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _only_seen(table: IntArray, tiles: IntArray, seen: Seen, transposed: bool) -> tuple[IntArray, IntArray]:
-    """The slices of the documents that see so many keys, and the tiles of their rows."""
-    documents = documents_of(transpose(table) if transposed else table)
-    kept = documents.within(seen)[documents.of_slice]
-    # No tile has rows of two documents, so its first row tells; where it is in no slice, the tile sees nothing.
-    others = np.sort(np.stack([table[~kept, Q_START], table[~kept, Q_START] + table[~kept, Q_LEN]]), axis=1)
-    own = np.sort(np.stack([table[kept, Q_START], table[kept, Q_START] + table[kept, Q_LEN]]), axis=1)
-
-    def covers(intervals: IntArray) -> NDArray[np.bool_]:
-        # More intervals have begun than ended.
-        begun, ended = (np.searchsorted(bounds, tiles[:, 0], side="right") for bounds in intervals)
-        result: NDArray[np.bool_] = begun > ended
-        return result
-
-    return table[kept], tiles[covers(own) | (~covers(others) & (seen[0] <= 0))]
-
-
 def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     """The tables of a (canonical) slice table cut by a tiling."""
     assert not tiling.in_turn or (tiling.transposed and tiling.max_tiles is None and tiling.grid is not None)
     block = tiling.block_cols
     tiles = tile_rows(table, total_rows, tiling.rows_per_tile)
-    if tiling.seen is not None:
-        table, tiles = _only_seen(table, tiles, tiling.seen, tiling.transposed)
 
     # Pairs (tile, slice) that meet, sorted by tile and then by column.
     q_start, q_stop = table[:, Q_START], table[:, Q_START] + table[:, Q_LEN]

@@ -9,7 +9,7 @@ the statistics shifted by c rows, and a tile that begins at element x is read fr
 
 It zeroes dq_sum (Hq, Tq, D) float32 too, where a later kernel adds to one, and turns, int32, where its programs say who has. dq_sum
 has programs of its own, which come last: reads, then writes, take 7% less time than both mixed, and the last zeros are still in the
-cache when the first sums come. With a table of items, only their rows of all of these are read and written.
+cache when the first sums come.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import blocks_of_rows, in_units, load_rows, row_strides, rows_of_block, stride_unit
+from weft_attn.kernels.triton.tiles import in_units, load_rows, row_strides, stride_unit
+
+
+@triton.jit
+def _zero_rows(ptr, block, n_rows, HEAD_DIM: tl.constexpr, HEAD_DIM_PADDED: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Zero a block of (n_rows, HEAD_DIM) float32."""
+    rows = block.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, HEAD_DIM_PADDED)
+    zeros = tl.zeros([BLOCK_ROWS, HEAD_DIM_PADDED], tl.float32)
+    tl.store(ptr + rows[:, None] * HEAD_DIM + dims[None, :], zeros, mask=(rows < n_rows)[:, None] & (dims < HEAD_DIM)[None, :])
 
 
 @triton.jit(do_not_specialize=layout.OF_THE_BATCH)
@@ -36,9 +45,7 @@ def attention_delta_kernel(
     lse_log2_ptr,
     dq_sum_ptr,
     turns_ptr,
-    items_ptr,
     n_turns,
-    n_items,
     stride_ot,
     stride_oh,
     stride_dot,
@@ -60,18 +67,15 @@ def attention_delta_kernel(
 ):
     stride_ot, stride_oh = in_units(stride_ot, STRIDE_UNIT), in_units(stride_oh, STRIDE_UNIT)
     stride_dot, stride_doh = in_units(stride_dot, STRIDE_UNIT), in_units(stride_doh, STRIDE_UNIT)
-    head = tl.program_id(0) % n_heads
-    block = tl.program_id(0) // n_heads
-    rows, row_mask = rows_of_block(items_ptr, block % n_items, total_q, BLOCK_ROWS)
-    offsets = rows.to(tl.int64)
-    element = head.to(tl.int64) * total_q + offsets
-    if dq_sum_ptr is not None:  # noqa: SIM102 (the compiler tests this, a program the next)
-        if block >= n_items:
-            dims = tl.arange(0, HEAD_DIM_PADDED)
-            zeros = tl.zeros([BLOCK_ROWS, HEAD_DIM_PADDED], tl.float32)
-            places = dq_sum_ptr + element[:, None] * HEAD_DIM + dims[None, :]
-            tl.store(places, zeros, mask=row_mask[:, None] & (dims < HEAD_DIM)[None, :])
+    if dq_sum_ptr is not None:
+        block = tl.program_id(0) - tl.cdiv(total_q, BLOCK_ROWS) * n_heads
+        if block >= 0:
+            _zero_rows(dq_sum_ptr, block, tl.cast(total_q, tl.int64) * n_heads, HEAD_DIM, HEAD_DIM_PADDED, BLOCK_ROWS)
             return
+    head = tl.program_id(0) % n_heads
+    rows = tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < total_q
+    offsets = rows.to(tl.int64)
     out_base = out_ptr + head.to(tl.int64) * stride_oh
     dout_base = dout_ptr + head.to(tl.int64) * stride_doh
     # (BLOCK_ROWS, Dv)
@@ -82,6 +86,7 @@ def attention_delta_kernel(
         delta -= tl.load(dlse_ptr + head.to(tl.int64) * stride_dlse_h + offsets, mask=row_mask, other=0.0)
     lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lse_h + offsets, mask=row_mask, other=0.0)
     lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * layout.LOG2_E)
+    element = head.to(tl.int64) * total_q + offsets
     for copy in tl.static_range(COPIES):
         shifted = copy * stride_copy + element - copy
         tl.store(delta_ptr + shifted, delta, mask=row_mask & (element >= copy))
@@ -111,7 +116,6 @@ def delta_call(
     lse_log2: torch.Tensor,
     dq_sum: torch.Tensor | None,
     turns: torch.Tensor | None = None,
-    items: torch.Tensor | None = None,
     config: Any,
 ) -> KernelCall:
     """The delta launch.
@@ -120,16 +124,15 @@ def delta_call(
         out, dout, lse, dlse: as in the module's text; dlse None: the loss does not read lse.
         delta, lse_log2: of `stats_shape` with 1 copy or SHIFTED_COPIES, written.
         dq_sum, turns: as in the module's text, contiguous, turns of at most layout.MOST_TURNS elements a row of a head; None: there is none.
-        items: (n, 8) int32 item table of plan/stream.py, cut into rows_per_tile = config.block_rows at most; None: all rows.
         config: a launch `DeltaConfig`.
     """
     total_q, heads, head_dim_v = out.shape
     strides = row_strides(o=out, do=dout)
-    assert turns is None or items is None, "programs that take turns work on all rows"
-    blocks = blocks_of_rows(items, total_q, config.block_rows)
+    blocks = triton.cdiv(total_q, config.block_rows) * heads
     return KernelCall(
         kernel=attention_delta_kernel,
-        grid=(blocks * heads * (1 if dq_sum is None else 2),),
+        # dq_sum has as many rows as there are statistics.
+        grid=(blocks if dq_sum is None else 2 * blocks,),
         arguments=dict(
             out_ptr=out,
             dout_ptr=dout,
@@ -139,8 +142,6 @@ def delta_call(
             lse_log2_ptr=lse_log2,
             dq_sum_ptr=dq_sum,
             turns_ptr=turns,
-            items_ptr=items,
-            n_items=blocks,
             n_turns=0 if turns is None else turns.numel(),
             **strides,
             stride_lse_h=lse.stride(0),

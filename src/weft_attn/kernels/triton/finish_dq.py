@@ -1,4 +1,4 @@
-"""The end of a backward that adds dQ up in memory: dq = scale * dq_sum, in dq's dtype and layout, of all rows or of those of some items.
+"""The end of a backward that adds dQ up in memory: dq = scale * dq_sum, in dq's dtype and layout.
 
 dq_sum (Hq, Tq, D) float32, contiguous, its columns in the order of `exchange_pairs`; dq (Tq, Hq, D). Deterministic.
 """
@@ -14,7 +14,6 @@ import triton.language as tl
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import padded_head_dim
-from weft_attn.kernels.triton.tiles import blocks_of_rows, rows_of_block
 
 
 @triton.jit
@@ -32,7 +31,6 @@ def exchange_pairs(tile):
 def attention_finish_dq_kernel(
     dq_sum_ptr,
     dq_ptr,
-    items_ptr,
     stride_dqt,
     stride_dqh,
     total_q,
@@ -44,35 +42,30 @@ def attention_finish_dq_kernel(
     LAYOUT_DIGEST: tl.constexpr,
 ):
     head = (tl.program_id(0) % n_heads).to(tl.int64)
-    rows, is_row = rows_of_block(items_ptr, tl.program_id(0) // n_heads, total_q, BLOCK_ROWS)
-    rows = rows.to(tl.int64)
+    rows = (tl.program_id(0) // n_heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     dims = tl.arange(0, HEAD_DIM_PADDED)
-    mask = is_row[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = (rows < total_q)[:, None] & (dims < HEAD_DIM)[None, :]
     dq = tl.load(dq_sum_ptr + (head * total_q + rows)[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
     dq = exchange_pairs(dq)
     places = head * stride_dqh + rows[:, None] * stride_dqt + dims[None, :]
     tl.store(dq_ptr + places, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
-def finish_dq_call(
-    *, dq_sum: torch.Tensor, dq: torch.Tensor, softmax_scale: float, items: torch.Tensor | None = None, config: Any
-) -> KernelCall:
+def finish_dq_call(*, dq_sum: torch.Tensor, dq: torch.Tensor, softmax_scale: float, config: Any) -> KernelCall:
     """The launch.
 
     Args:
         dq_sum, dq: as in the module's text; dq is written, its last dimension contiguous.
-        items: (n, 8) int32 item table of plan/stream.py, cut into rows_per_tile = config.block_rows at most; None: all rows.
         config: a launch `FinishDqConfig`.
     """
     heads, total_q, head_dim = dq_sum.shape
     assert head_dim % 32 == 0, "dq_sum has its columns in groups of 32"
     return KernelCall(
         kernel=attention_finish_dq_kernel,
-        grid=(blocks_of_rows(items, total_q, config.block_rows) * heads,),
+        grid=(triton.cdiv(total_q, config.block_rows) * heads,),
         arguments=dict(
             dq_sum_ptr=dq_sum,
             dq_ptr=dq,
-            items_ptr=items,
             stride_dqt=dq.stride(0),
             stride_dqh=dq.stride(1),
             total_q=total_q,

@@ -27,25 +27,6 @@ def program_item_and_head(n_items, n_heads, heads_per_wave):
 
 
 @triton.jit
-def rows_of_block(items_ptr, block, total_q, BLOCK_ROWS: tl.constexpr):
-    """The rows of a block, and which of them are its own: those of an item, or without a table the block-th BLOCK_ROWS of all."""
-    if items_ptr is None:
-        first = block * BLOCK_ROWS
-        stop = total_q
-    else:
-        item_ptr = items_ptr + block * layout.ITEM_WIDTH
-        first = tl.load(item_ptr + layout.ITEM_ROW)
-        stop = first + tl.load(item_ptr + layout.ITEM_N_ROWS)
-    rows = first + tl.arange(0, BLOCK_ROWS)
-    return rows, rows < stop
-
-
-def blocks_of_rows(items: torch.Tensor | None, total_q: int, block_rows: int) -> int:
-    """How many blocks `rows_of_block` counts: items of at most block_rows rows, or of all rows."""
-    return triton.cdiv(total_q, block_rows) if items is None else len(items)
-
-
-@triton.jit
 def place_in_list(number, n_items, n_heads, heads_per_wave, last_heads, programs):
     """What a number of a persistent grid's list stands for: item, head, wave and round.
 
