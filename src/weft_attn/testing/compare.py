@@ -176,7 +176,9 @@ def assert_close_to_oracle(
     exponent: float = 0.0,
 ) -> Budget:
     """Raise an AssertionError that names the tensor, the errors, the bounds and the worst element; see `budget`."""
-    found = budget(actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, terms=terms, exponent=exponent)
+    found = budget(
+        actual, oracle64, baseline, dtype=dtype, truncated=truncated, smallest=smallest, terms=terms, exponent=exponent
+    )
     if not found.passed:
         raise AssertionError(_describe(name, found, actual, oracle64))
     return found
