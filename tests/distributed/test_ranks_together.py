@@ -461,6 +461,8 @@ def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
             log.append("reduce done")
             summed += 1
         log += ["differentiate", "reduce"] if backward else ["attend"]
+        if backward and group + 1 < groups:
+            log.append("head start")
     return log + ["reduce done"] * (groups - summed if backward else 0)
 
 
@@ -469,7 +471,7 @@ def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]])
     uneven = expected_work(2, 2, backward=False) + expected_work(3, 3, backward=True)
     merged = ["gather", "gather", "gather done", "head start", "attend", "gather done", "attend"]
     merged += ["gather", "gather", "gather done", "head start", "differentiate", "gather done", "differentiate", "reduce"]
-    merged += ["differentiate", "reduce", "reduce done", "reduce done"]
+    merged += ["head start", "differentiate", "reduce", "reduce done", "reduce done"]
     for answer in answers:
         assert answer["order_of_work"] == [in_turn, uneven, merged]
 

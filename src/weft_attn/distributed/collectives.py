@@ -119,7 +119,7 @@ class Ranks:
         """Let a collective that is ready now begin before what the device's compute stream is given next.
 
         A kernel that takes every multiprocessor until its end would otherwise win or lose a race with it: where it wins, the other
-        ranks' part of the collective holds multiprocessors of theirs and waits. A short kernel in between does as well.
+        ranks' part of the collective holds multiprocessors of theirs and waits.
         """
         if device.type == "cuda":
             with torch.cuda.device(device):

@@ -9,8 +9,8 @@ whatever memory held, and no slice of the plan reaches them.
 
 Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention. A collective
 that becomes ready while an attention runs waits for its multiprocessors, so the second gather gets a head start before the first
-attention; before a backward's later kernels, the short one that makes row statistics gives a reduce-scatter that time. Otherwise
-two buffers take turns. Which heads are attended to together, gathered and reduced: groups.py.
+attention, and a reduce-scatter before the next group's. Otherwise two buffers take turns. Which heads are attended to together,
+gathered and reduced: groups.py.
 
 On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
 what is queued after its `wait` starts after it.
@@ -179,6 +179,8 @@ class _Reduce:
         if self.groups.ends_reduce(group):
             at = self.groups.reduce_of(group)
             self.pending[at] = self.call.ranks.reduce_scatter(self.sums.buffer(at), self.partial.buffer(at))
+            if group + 1 < len(self.groups.attention):
+                self.call.ranks.let_start(self.dk.device)
 
     def finish(self, at: int) -> None:
         """Wait for the sums of this number, if they are under way, and put them with those of the other heads."""
