@@ -52,8 +52,11 @@ def test_it_says_which_kernels_compute_the_gradients(capsys: pytest.CaptureFixtu
     )
     short = said(capsys, "--arch", "sm_90", "--rows", "256", "--keys", "256")
     assert "backward: hopper_backward_dkdv and hopper_backward_dq; deterministic" in short
+    assert "delta runs only where dQ is not wanted" in short
     assert "finish_dq" not in short
-    assert "backward: backward_dkdv and backward_dq; deterministic" in said(capsys, "--arch", "sm_80")
+    portable = said(capsys, "--arch", "sm_80")
+    assert "backward: backward_dkdv and backward_dq; deterministic" in portable
+    assert "delta runs only" not in portable
 
 
 def test_registers_of_accumulators_are_shown_beside_what_a_thread_has(capsys: pytest.CaptureFixture[str]) -> None:

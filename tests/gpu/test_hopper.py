@@ -15,6 +15,7 @@ from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
+from weft_attn.ops import attention_backward_into, attention_into
 from weft_attn.plan import in_turn
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
@@ -82,6 +83,39 @@ def check(case: Case, plan: weft.Plan | None = None, *, poison: bool = False) ->
         with override(*configs):
             found = evaluate(lambda q, k, v, sinks: attention(q, k, v, sinks=sinks), given)  # type: ignore[arg-type] # noqa: B023
         assert_matches_oracle(found, case, plan, inputs)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_backward_over_some_heads_of_its_tensors_is_that_of_the_heads_alone(dim: int) -> None:
+    """As over several ranks: out, dout, dq and the statistics are views of some heads, with NaN in the others."""
+    case = replace(MAIN, plan="packed_unequal", head_dim=dim)
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    assert x.dlse is not None
+    rows, heads = plan.total_q, case.heads
+
+    def of_several(tensor: torch.Tensor, along: int) -> torch.Tensor:
+        shape = list(tensor.shape)
+        shape[along] += 4
+        whole = torch.full(shape, math.nan, dtype=tensor.dtype, device=DEVICE)
+        view = whole.narrow(along, 3, tensor.shape[along])
+        view.copy_(tensor)
+        return view
+
+    for deterministic in (False, True):
+        with override(*rows_of(case, deterministic=deterministic)):
+            out, lse = torch.empty_like(x.q), torch.empty(heads, rows, device=DEVICE)
+            attention_into(x.q, x.k, x.v, None, plan, dim**-0.5, 0.0, deterministic, out, lse)
+            found = []
+            for seen in (lambda tensor, _: tensor, of_several):
+                gradients = [seen(torch.full_like(tensor, math.nan), 1) for tensor in (x.q, x.k, x.v)]
+                attention_backward_into(
+                    seen(x.dout, 1), seen(x.dlse, 0), seen(x.q, 1), seen(x.k, 1), seen(x.v, 1), None, seen(out, 1), seen(lse, 0),
+                    plan, dim**-0.5, 0.0, deterministic, *gradients,
+                )  # fmt: skip
+                found.append(gradients)
+        for one, other, sums_vary in zip(*found, (not deterministic, False, False), strict=True):
+            torch.testing.assert_close(other, one, **(dict(rtol=2e-2, atol=2e-3) if sums_vary else dict(rtol=0, atol=0)))
 
 
 # Tensors without rows cannot be described to the copy engine: such calls are the portable kernels'.

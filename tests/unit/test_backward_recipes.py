@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.triton.delta import SHIFTED_COPIES
 from weft_attn.launch import override
 from weft_attn.launch.device import Device
 from weft_attn.launch.select import Problem, select
@@ -18,25 +22,64 @@ H200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
 PORTABLE = select("backward_dkdv", Problem(128, 128, 16, group=2), H200).config
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, lengths: list[int], *, wanted: str = "q k v", shift: int = 0) -> list[str]:
-    """The backward's kernels in their order; `shift`: elements by which `out` lies off a whole 16 bytes."""
+def calls(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], *, wanted: str = "q k v", shift: int = 0, has_dlse: bool = False
+) -> tuple[list[KernelCall], dict[str, Any]]:
+    """The backward's launches in their order, and its tensors: out and dout are views of some heads, each of others.
+
+    Args:
+        shift: elements by which `out` lies off a whole 16 bytes.
+    """
     monkeypatch.setattr(execute, "device_of", lambda _: H200)
     plan = Plan.from_cu_seqlens(cumulative(lengths), cumulative(lengths), causal=True)
     q = torch.empty(plan.total_q, 4, 128, dtype=torch.bfloat16)
     k = torch.empty(plan.total_k, 2, 128, dtype=torch.bfloat16)
-    out = torch.empty(q.numel() + shift, dtype=q.dtype)[shift:].view(q.shape)
-    tensors = dict(q=q, k=k, v=k, out=out, dout=q, lse=torch.empty(4, plan.total_q), dlse=None)
+    out = torch.empty(2 * q.numel() + shift, dtype=q.dtype)[shift:].view(plan.total_q, 8, 128)[:, 2:6]
+    dout = torch.empty(plan.total_q, 6, 128, dtype=q.dtype)[:, 1:5]
+    lse, dlse = torch.empty(6, plan.total_q)[1:5], torch.empty(4, plan.total_q + 5)[:, :-5]
+    tensors: dict[str, Any] = dict(q=q, k=k, v=k, out=out, dout=dout, lse=lse, dlse=dlse if has_dlse else None)
     tensors |= {f"d{name}": x if name in wanted.split() else None for name, x in (("q", q), ("k", k), ("v", k))}
     recipe = execute._backward_recipe(plan, tensors, 1.0, 0.0, False)
     tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in recipe.scratch.items()}
     tensors["counter"] = torch.zeros(2, dtype=torch.int32)
-    return [step._make(tensors).kernel.__name__.removesuffix("_kernel").removeprefix("attention_") for step in recipe.steps]
+    return [step._make(tensors) for step in recipe.steps], tensors
+
+
+def launched(monkeypatch: pytest.MonkeyPatch, lengths: list[int], **options: Any) -> list[str]:
+    """The kernels of `calls`."""
+    found, _ = calls(monkeypatch, lengths, **options)
+    return [call.kernel.__name__.removesuffix("_kernel").removeprefix("attention_") for call in found]
 
 
 def test_the_kernel_of_dq_makes_statistics_before_the_other_one_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     short = [512] * 4
     assert launched(monkeypatch, short) == ["hopper_backward_dq", "hopper_backward"]
     assert launched(monkeypatch, short, wanted="q") == ["hopper_backward_dq"]
+
+
+@pytest.mark.parametrize("has_dlse", [False, True])
+def test_the_kernel_of_dq_reads_the_result_where_it_lies(monkeypatch: pytest.MonkeyPatch, has_dlse: bool) -> None:
+    (first, second), tensors = calls(monkeypatch, [512] * 4, has_dlse=has_dlse)
+    given = first.arguments
+    for name in ("q", "k", "v", "out", "dout"):
+        assert given[f"{name}_desc"].base is tensors[name]
+    assert (given["stride_oh"], given["stride_doh"], given["stride_qh"]) == (128, 128, 128)
+    assert given["out_desc"].strides[0] == 8 * 128
+    assert given["dout_desc"].strides[0] == 6 * 128
+    assert given["lse_ptr"] is tensors["lse"]
+    assert given["dlse_ptr"] is tensors["dlse" if has_dlse else "lse"]
+    assert first.constants["HAS_DLSE"] == has_dlse
+    assert (given["stride_lse_h"], given["stride_dlse_h"]) == (512 * 4, 512 * 4 + 5 if has_dlse else 0)
+    for name in ("delta", "lse_log2"):
+        assert given[f"{name}_ptr"] is second.arguments[f"{name}_ptr"] is tensors[name]
+
+
+def test_a_pair_finds_its_keys_behind_the_descriptors_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, _), _ = calls(monkeypatch, [512] * 4)
+    names = first.kernel.arg_names
+    before = names[: names.index("k_desc")]
+    assert before == ["q_desc", "dout_desc", "out_desc"]
+    assert f'"hopper_backward_dq_kernel", {len(before)},' in inspect.getsource(first.kernel.fn)
 
 
 def test_where_it_does_not_run_they_have_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,5 +93,8 @@ def test_shifted_ones_are_made_for_a_kernel_that_reads_them_through_the_copy_eng
     short = [512] * 4
     with override(PORTABLE):
         assert launched(monkeypatch, short) == ["delta", "backward_dkdv", "hopper_backward_dq"]
+        (delta, dkdv, _), tensors = calls(monkeypatch, short)
+        assert delta.constants["COPIES"] == tensors["delta"].shape[0] == SHIFTED_COPIES
+        assert dkdv.arguments["stride_stats_copy"] == tensors["delta"].stride(0)
     with override(replace(PORTABLE, use_tma=False)):
         assert launched(monkeypatch, short) == ["hopper_backward_dq", "backward_dkdv"]

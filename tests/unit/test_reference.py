@@ -15,6 +15,7 @@ from weft_attn import reference as reference_module
 from weft_attn.reference import reference_attention, reference_gradients
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import (
+    Results,
     assert_close_to_oracle,
     assert_matches_oracle,
     baselines_of,
@@ -275,6 +276,25 @@ def test_large_exponents_are_allowed_their_own_rounding() -> None:
     for exponent in (0.0, 4.0, 20.0):
         assert not budget(off, oracle, oracle, dtype=torch.float32, exponent=exponent).passed
     assert rounding_band(torch.float32, exponent=4.0) == rounding_band(torch.float32)
+
+
+def test_results_are_allowed_the_rounding_of_their_largest_exponent() -> None:
+    case = Case(plan="packed", spread=20.0)
+    plan = case.make_plan()
+    inputs = make_inputs(case, plan)
+    exact = oracle_of(case, plan, inputs)
+    largest = float(exact.lse[exact.lse.isfinite()].abs().max())
+    assert largest > 32
+
+    def off(units: float) -> Results:
+        given = {name: getattr(exact, name).float() for name in ("out", "lse", "dq", "dk", "dv")}
+        given["dv"] = (exact.dv * (1 + units * 2.0**-24)).float()  # type: ignore[operator]
+        return Results(**given)
+
+    exactly = [replace(exact)]
+    assert_matches_oracle(off(3 * largest), case, plan, inputs, oracle=exact, baselines=exactly)
+    with pytest.raises(AssertionError, match="dv"):
+        assert_matches_oracle(off(5 * largest), case, plan, inputs, oracle=exact, baselines=exactly)
 
 
 def test_terms_do_not_excuse_a_row_that_they_are_not_of() -> None:

@@ -96,7 +96,7 @@ def with_config(config: LaunchConfig, call: Call) -> Call:
 class KernelRuns:
     """A case's forward, and each backward kernel on the result of it.
 
-    The backward's operator computes the row statistics too: a few per cent, the same for every config.
+    The backward's operator computes the row statistics too: a few per cent, the same for every portable config.
     """
 
     def __init__(self, case: Case, tensors: Tensors) -> None:

@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from weft_attn.launch.config import LaunchConfig
+from weft_attn.launch.config import HopperBackwardDqConfig, LaunchConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import accumulator_registers, shared_memory
 from weft_attn.launch.select import (
@@ -107,7 +107,9 @@ class Explanation:
         """Which kernels compute the gradients, and when."""
         pair = " and ".join(each.kernel for each in self.kernels if each.kernel in (*DKDV_KERNELS, *DQ_KERNELS))
         if not self.is_fused:
-            return f"backward: {pair}; deterministic"
+            makes_statistics = any(isinstance(each.choice.config, HopperBackwardDqConfig) for each in self.kernels)
+            delta = "; delta runs only where dQ is not wanted, whose kernel makes the row statistics itself"
+            return f"backward: {pair}; deterministic" + (delta if makes_statistics else "")
         if not self.takes_turns:
             return f"backward: {FUSED_KERNEL} and finish_dq; {pair} for deterministic=True, or where only some gradients are wanted"
         return (

@@ -166,8 +166,8 @@ def _make_statistics(p, out, dout, head, rows, is_row):
     lse = gl.load(p.lse_ptr + head * p.stride_lse_h + rows, mask=is_row, other=float("-inf"))
     lse_log2 = gl.where(lse == float("-inf"), float("inf"), lse * layout.LOG2_E)
     # A thread has the same elements of an operand as of a product.
-    products = gl.convert_layout(out.to(gl.float32) * dout.to(gl.float32), product_layout(p.HEAD_DIM))
-    delta = gl.convert_layout(gl.sum(products, 1), row_layout)
+    products = gl.convert_layout(out.to(gl.float32) * dout.to(gl.float32), product_layout(p.HEAD_DIM), assert_trivial=True)
+    delta = gl.convert_layout(gl.sum(products, 1), row_layout, assert_trivial=True)
     if p.HAS_DLSE:
         delta -= gl.load(p.dlse_ptr + head * p.stride_dlse_h + rows, mask=is_row, other=0.0)
     # Beyond the document are others' rows.

@@ -3,8 +3,8 @@
 Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (keys of one KV head in tiles of
 64). The query heads of a group are walked inside each tile, edge tiles before interior ones (in turn: `edges_of_part`), and these in the
 schedule's direction.
-q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py; dk, dv (Tk, Hkv, D) in
-their own dtype.
+q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py or
+backward_dq.py; dk, dv (Tk, Hkv, D) in their own dtype.
 """
 
 from triton.experimental import gluon

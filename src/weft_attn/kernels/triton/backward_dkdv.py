@@ -4,7 +4,7 @@
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i
 
 Everything is transposed: rows of a tile are keys, columns are queries, and the items come from the transposed plan. q, dout
-(Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta from delta.py (in shifted copies with use_tma); dk, dv (Tk, Hkv, D | Dv) in their
+(Tq, Hq, D | Dv), k, v (Tk, Hkv, D | Dv), lse_log2 and delta from delta.py (in shifted copies with use_tma) or hopper/backward_dq.py; dk, dv (Tk, Hkv, D | Dv) in their
 own dtype, float32 allowed. No atomics: deterministic. Keys that nobody sees get zeros.
 """
 
