@@ -62,6 +62,8 @@ def adds_atomically(x_ptr, n, BLOCK: tl.constexpr):
     tl.atomic_add(x_ptr + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) < n)
 
 
+# Some 60 compilations, by as many processes as there are cores.
+@pytest.mark.timeout(900)
 def test_what_selection_gives_compiles_for_every_target_within_bounds(
     weft: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
@@ -126,9 +128,9 @@ def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None
     assert all(sizes[parameter] == "128" for parameter in named), "a descriptor, and nothing else, has 128 bytes"
     # Each box of 64 columns, of the stream of edge tiles and of that of interior ones.
     assert set(named.values()) == {2 * PAIRS[config] // 64}
-    # Triton fetches the others: q, and what dQ needs beside it.
+    # Triton fetches those before them: q, and what dQ needs beside it.
     of_triton = set(re.findall(r"complete_tx::bytes \[[^\]]*\], \[(%rd\d+)", text))
-    assert len(of_triton) == len({"q_desc", "dout_desc"} & set(descriptors))
+    assert len(of_triton) == descriptors.index("k_desc")
     # Every role meets the other program's before its first word and after its last, those of idle warps too. (In PTX, equal code may
     # have become one.)
     roles = config.cut[0] // 64 + 1 + 2

@@ -19,8 +19,15 @@ from pathlib import Path
 import torch
 import weft_attn as weft
 
+def name_of(task):
+    try:
+        return (task / "comm").read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        # It has ended since it was listed.
+        return ""
+
 def threads():
-    return sorted(name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text().strip()))
+    return sorted(name for name in map(name_of, Path("/proc/self/task").iterdir()) if "gloo" in name)
 
 def become(running):
     # A thread has its name a moment after it has started, and is listed a moment after it was joined.

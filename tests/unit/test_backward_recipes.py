@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -72,14 +71,6 @@ def test_the_kernel_of_dq_reads_the_result_where_it_lies(monkeypatch: pytest.Mon
     assert (given["stride_lse_h"], given["stride_dlse_h"]) == (512 * 4, 512 * 4 + 5 if has_dlse else 0)
     for name in ("delta", "lse_log2"):
         assert given[f"{name}_ptr"] is second.arguments[f"{name}_ptr"] is tensors[name]
-
-
-def test_a_pair_finds_its_keys_behind_the_descriptors_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    (first, _), _ = calls(monkeypatch, [512] * 4)
-    names = first.kernel.arg_names
-    before = names[: names.index("k_desc")]
-    assert before == ["q_desc", "dout_desc", "out_desc"]
-    assert f'"hopper_backward_dq_kernel", {len(before)},' in inspect.getsource(first.kernel.fn)
 
 
 def test_where_it_does_not_run_they_have_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
