@@ -8,8 +8,9 @@ PyTorch in the input dtype. With e(x) = |x - oracle| / |oracle|,
 once with the Frobenius norm over the tensor, and once as the largest element of |x - oracle|, each over the size of its own
 row, so that one wrong row of a large tensor is caught. u is the unit roundoff of the dtype that results are rounded to: half an
 ulp of 1. The 16 units of float32 are for its arithmetic: sums in another order, and a hardware exp2 that errs by 2 ulp. Where scores
-are large they are 4 times the largest |lse|: a product in another order, its scale, lse and their difference err by units of their own
-size each, and a weight by as much of itself. Which order a CPU's libraries take depends on the CPU.
+are large they are 4 times the largest |lse|. A backward takes an lse from its scores that comes from a forward's, whose products add in
+another order: their errors, those of the scale and of lse are units of their own size each, and a weight errs by as much of itself. Both
+baselines take one product for both, where most of that cancels.
 
 e(baseline) is the larger error of two PyTorch programs: autograd through the reference, every operation in the input dtype; and
 `blockwise`, the formulas of FlashAttention (float32 sums, operands of products rounded, delta = rowsum(dO * out) from the
