@@ -11,6 +11,7 @@ import triton.language as tl
 from weft_attn.kernels.hopper.tiles import visible_bits
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.visibility import (
+    edges_of_part,
     first_tile,
     first_tile_of_walk,
     interval_in_run,
@@ -63,6 +64,28 @@ def _directed_walk_kernel(out_ptr, runs_ptr, run, n_tiles, direction, BLOCK: tl.
         tl.store(out_ptr + 2 * step, run)
         tl.store(out_ptr + 2 * step + 1, col)
         run, col, left = next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK)
+
+
+@triton.jit
+def _walk_by_keys_kernel(out_ptr, item_ptr, runs_ptr, direction, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The columns of an item's tiles in the order in which a Hopper backward by keys visits them."""
+    step = 0
+    for part in range(2):
+        run, n_tiles = edges_of_part(
+            part,
+            direction,
+            tl.load(item_ptr + layout.ITEM_EDGE_RUN),
+            tl.load(item_ptr + layout.ITEM_EDGE_TILES),
+            tl.load(item_ptr + layout.ITEM_LATE_EDGES),
+        )
+        for _ in range(2):
+            col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
+            for _ in range(n_tiles):
+                tl.store(out_ptr + step, col)
+                step += 1
+                run, col, left = next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK)
+            run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+            n_tiles = tl.where(part == 0, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES), 0)
 
 
 def cells(first: np.ndarray, stop: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -187,3 +210,33 @@ def test_the_interpreter_truncates_to_bfloat16_and_rounds_to_float16(dtype: torc
     assert torch.equal(stored.float(), expected)
     assert truncates(dtype, torch.device("cpu")) is (dtype == torch.bfloat16)
     assert not truncates(dtype, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+def test_a_walk_by_keys_comes_by_an_items_tiles_in_the_order_of_their_columns(direction: int) -> None:
+    """Early edge tiles at the diagonal, late ones at a ragged end and behind a window."""
+    documents = np.array([0, 1000, 1077, 1600])
+    for window in ((None, None), (300, 0)):
+        plan = slices.Plan.from_cu_seqlens(documents, documents, causal=True, window=window)
+        tiling = stream.Tiling(128, 64, transposed=True, masks_ragged=True, grid=in_step.Grid(4, 2))
+        tables = stream.host_stream(plan, tiling)
+        runs = torch.from_numpy(tables.runs)
+        for item in tables.items:
+            found = torch.full((int(item[3] + item[5]),), -1, dtype=torch.int32)
+            _walk_by_keys_kernel[(1,)](found, torch.from_numpy(item.copy()), runs, direction, BLOCK=64)
+            assert (np.diff(found.numpy()) * direction > 0).all()
+            expected = [
+                run[0] + 64 * at
+                for first, n_tiles in ((item[2], item[3]), (item[4], item[5]))
+                for run, at in _tiles(tables.runs, first, n_tiles)
+            ]
+            assert sorted(found.tolist()) == sorted(expected)
+
+
+def _tiles(runs: np.ndarray, run: int, n_tiles: int) -> list[tuple[np.ndarray, int]]:
+    """Each of so many tiles as its run's row and its place in the run."""
+    found: list[tuple[np.ndarray, int]] = []
+    while len(found) < n_tiles:
+        found += [(runs[run], at) for at in range(runs[run][1])]
+        run += 1
+    return found

@@ -16,9 +16,19 @@ from weft_attn.bench.cases import log_normal_lengths
 from weft_attn.distributed.shard import sharded_batch
 from weft_attn.plan import Plan, Slice
 from weft_attn.plan.build import concat_lengths
-from weft_attn.plan.in_step import BY_ITEM, BY_ROUND, UP_IN_EVEN, UP_IN_ODD, Grid, arrange, components, heads_in_step
+from weft_attn.plan.in_step import (
+    BY_ITEM,
+    BY_ROUND,
+    UNEVEN,
+    UP_IN_EVEN,
+    UP_IN_ODD,
+    Grid,
+    arrange,
+    components,
+    heads_in_step,
+)
 from weft_attn.plan.slices import transpose
-from weft_attn.plan.stream import Stream, Tiling, host_stream
+from weft_attn.plan.stream import ITEM_FIELDS, LATE_TILES, Stream, Tiling, host_stream
 
 PROGRAMS = 132
 # Query tiles of a head that the cache of the model holds, of q, dout and dq.
@@ -39,18 +49,20 @@ def listed(plan: Plan, grid: Grid | None) -> Stream:
 
 
 def tiles_in_order(stream: Stream, item: int, up: bool) -> list[int]:
-    """Query tiles of an item as a program walks them: edge tiles upwards, then the interior in the direction."""
-    _, _, interior_run, interior_tiles, edge_run, edge_tiles, _, _ = stream.items[item].tolist()
-    found: list[list[int]] = []
-    for run, n_tiles in ((edge_run, edge_tiles), (interior_run, interior_tiles)):
-        walked: list[int] = []
-        while len(walked) < n_tiles:
+    """Query tiles of an item as a program walks them: early edge tiles, the interior, late edge tiles, or the other way round."""
+    _, _, interior_run, interior_tiles, edge_run, edge_tiles, late, _ = stream.items[item].tolist()
+    # Without a grid the column says that the item is not split.
+    late_run, late_tiles = edge_run + max(late, 0) // LATE_TILES, max(late, 0) % LATE_TILES
+    parts = [(edge_run, edge_tiles - late_tiles), (interior_run, interior_tiles), (late_run, late_tiles)]
+    found: list[int] = []
+    for run, n_tiles in parts if up else parts[::-1]:
+        end = len(found) + n_tiles
+        while len(found) < end:
             col, n = stream.runs[run][:2].tolist()
             part = [col // 64 + at for at in range(n)]
-            walked += part if up or run == edge_run else part[::-1]
+            found += part if up else part[::-1]
             run += 1
-        found.append(walked)
-    return found[0] + found[1]
+    return found
 
 
 def tiles_read(stream: Stream, heads: int) -> tuple[int, float]:
@@ -140,7 +152,8 @@ def test_documents_come_one_after_the_other_largest_first_and_the_last_items_lon
 def test_few_items_are_listed_longest_first_and_walked_by_rounds() -> None:
     for plan, heads in ((packed([4096] * 4), 2), (packed([16384]), 2), (packed([16384] * 2), 1), (packed([65536]), 1)):
         found, plain = listed(plan, Grid(PROGRAMS, 8)), listed(plan, None)
-        assert np.array_equal(found.items, plain.items)
+        slot = ITEM_FIELDS.index("slot")
+        assert np.array_equal(np.delete(found.items, slot, axis=1), np.delete(plain.items, slot, axis=1))
         assert (found.items[:, 7] == BY_ROUND).all()
         assert found.heads_per_wave == heads
 
@@ -152,9 +165,14 @@ def test_a_wave_is_two_or_three_rounds_of_the_grid_as_near_as_heads_come(items: 
     assert heads_in_step(items, 132, 8) == heads
 
 
-@pytest.mark.parametrize(("length", "count", "heads"), [(4096, 16, 4), (8192, 8, 2), (16384, 4, 1), (512, 128, 8)])
-def test_documents_one_after_the_other_make_a_round_of_several_heads_each(length: int, count: int, heads: int) -> None:
-    assert listed(packed([length] * count), Grid(PROGRAMS, 8)).heads_per_wave == heads
+@pytest.mark.parametrize(("length", "count"), [(4096, 16), (8192, 8), (16384, 4), (512, 128)])
+def test_documents_one_after_the_other_have_one_head_a_wave(length: int, count: int) -> None:
+    assert listed(packed([length] * count), Grid(PROGRAMS, 8)).heads_per_wave == 1
+
+
+@pytest.mark.parametrize(("length", "count"), [(2048, 32), (512, 128)])
+def test_few_heads_that_would_end_unevenly_make_a_round_of_the_largest_document(length: int, count: int) -> None:
+    assert listed(packed([length] * count), Grid(PROGRAMS, 2)).heads_per_wave == 2
 
 
 def test_items_that_see_everything_come_before_those_that_see_less_and_less() -> None:
@@ -216,7 +234,7 @@ def test_keys_that_nobody_sees_come_last_and_change_nothing() -> None:
     found, other = listed(plan, Grid(PROGRAMS, 8)), listed(seen, Grid(PROGRAMS, 8))
     count = len(other.items)
     assert np.array_equal(found.items[:count, [0, 1, 3, 5, 7]], other.items[:, [0, 1, 3, 5, 7]])
-    assert found.heads_per_wave == other.heads_per_wave == 4
+    assert found.heads_per_wave == other.heads_per_wave == 1
     assert (found.items[count:, 3] + found.items[count:, 5] == 0).all()
 
 
@@ -243,6 +261,30 @@ def test_every_item_is_listed_once() -> None:
 # ---- the walk -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("up", [True, False])
+def test_an_item_of_one_slice_is_walked_by_columns_edges_and_all(up: bool) -> None:
+    # Ragged ends make late edge tiles, a window early and late ones.
+    window = Plan.from_cu_seqlens(concat_lengths([3000]), concat_lengths([3000]), causal=True, window=(700, 0))
+    late = 0
+    for plan in (packed([1000, 77, 4096]), window):
+        stream = listed(plan, Grid(PROGRAMS, 8))
+        late += np.count_nonzero(stream.items[:, ITEM_FIELDS.index("slot")] % LATE_TILES)
+        for item in range(len(stream.items)):
+            found = [tile if up else -tile for tile in tiles_in_order(stream, item, up)]
+            assert found == sorted(set(found))
+    assert late > 0
+
+
+def test_more_late_edges_than_a_number_tells_are_walked_as_early_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = ITEM_FIELDS.index("slot")
+    has_late = listed(packed([1000, 77]), Grid(PROGRAMS, 8)).items[:, slot] % LATE_TILES > 0
+    monkeypatch.setattr("weft_attn.plan.stream.LATE_TILES", 1)
+    told = listed(packed([1000, 77]), Grid(PROGRAMS, 8)).items[:, slot]
+    assert has_late.any()
+    assert not told[has_late].any()
+    assert told[~has_late].all()
+
+
 def test_items_that_begin_together_are_walked_down_and_those_that_end_together_up() -> None:
     # Four programs: four flat items, four that end one by one, four that then begin one by one and end together.
     steps = np.array([8, 8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1])
@@ -262,19 +304,19 @@ def test_a_wave_that_ends_one_by_one_has_the_next_one_begin_so() -> None:
 @pytest.mark.parametrize(
     ("plan", "share"),
     [
-        (packed(log_normal_lengths(38, 65536)), 0.5),
-        (packed([4096] * 16), 0.6),
-        (packed([8192] * 8), 0.6),
-        (zigzag(0, 2, 65536), 0.1),
-        (zigzag(1, 2, 65536), 0.1),
+        (packed(log_normal_lengths(38, 65536)), 0.3),
+        (packed([4096] * 16), 0.35),
+        (packed([8192] * 8), 0.35),
+        (zigzag(0, 2, 65536), 0.05),
+        (zigzag(1, 2, 65536), 0.05),
     ],
     ids=["38 documents", "16 of 4K", "8 of 8K", "rank 0 of 2", "rank 1 of 2"],
 )
 def test_far_less_is_read_and_programs_end_nearly_as_together(plan: Plan, share: float) -> None:
-    before, even = tiles_read(listed(plan, None), heads=4)
-    after, still = tiles_read(listed(plan, Grid(PROGRAMS, 8)), heads=4)
+    before, even = tiles_read(listed(plan, None), heads=8)
+    after, still = tiles_read(listed(plan, Grid(PROGRAMS, 8)), heads=8)
     assert after < share * before
-    assert still > even - 0.02
+    assert still > even - UNEVEN
 
 
 def test_a_plan_of_no_slices_has_a_list() -> None:

@@ -9,8 +9,9 @@ that see the same tiles up to a common last one are in step
 The host foresees when items begin, well enough to say which is nearer. What follows for the list:
 
 - A wave has as many heads as make whole rounds of the grid, so that programs begin the next wave in step too (ADR 19).
-- Items of documents that share nothing are listed document by document, largest first, where there are enough of them: a document's
-  tiles are then in the cache while it lasts. A wave has as many heads then as make a round of the largest document.
+- Items of documents that share nothing are listed document by document, largest first, where there are enough of them, one head a wave:
+  the items of a document and head then begin together, and its tiles are in the cache while they last. Few heads end too unevenly so;
+  a wave has as many then as make a round of the largest document.
 - Inside a document, items that see all of the same tiles come first and so stay together, before those that see fewer and fewer,
   which begin and end one by one.
 - The last items of the list, of whatever document, are taken longest first, so that programs end together. Where they still would
@@ -142,14 +143,14 @@ def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, g
         return plain
     most = _waiting(steps[plain.order], plain.heads_per_wave, grid) + UNEVEN
     if by_document:
-        heads = max(1, min(grid.heads, programs // largest))
-        grouped = _in_order(steps, is_flat, component, heads, programs)
-        # Sorted at the end: half a round, or a whole one.
+        # Sorted at the end: half a round, or a whole one. Of one head a wave, so that those of a document and head are neighbours, or of a
+        # round of the largest document where that ends too unevenly.
         for last in (-(-programs // 2), programs):
-            order = grouped.copy()
-            order[-last:] = order[-last:][np.argsort(-steps[order[-last:]], kind="stable")]
-            if _waiting(steps[order], heads, grid) <= most:
-                return Arrangement(order, _walks(steps[order], component[order], programs, heads), heads)
+            for heads in dict.fromkeys((1, max(1, min(grid.heads, programs // largest)))):
+                order = _in_order(steps, is_flat, component, heads, programs)
+                order[-last:] = order[-last:][np.argsort(-steps[order[-last:]], kind="stable")]
+                if _waiting(steps[order], heads, grid) <= most:
+                    return Arrangement(order, _walks(steps[order], component[order], programs, heads), heads)
     if is_mixed:
         together = np.zeros_like(component)
         for order in (_in_order(steps, is_flat, together, plain.heads_per_wave, programs), plain.order):

@@ -26,13 +26,13 @@ from weft_attn.plan.slices import K_LEN, K_START, Q_LEN, Q_START, Plan, elementa
 
 IntArray = NDArray[np.int64]
 
-# Columns of the item table. NO_SLOT: the item is whole and writes the result itself; in turn no item is split, and the column says where
+# Columns of the item table. NO_SLOT: the item is whole and writes the result itself; with a grid no item is split, and the column says where
 # the late edge tiles are, those behind their slice's interior: runs before them times LATE_TILES, plus how many. A walk: in_step.py.
 ITEM_FIELDS = ("row", "n_rows", "interior_run", "interior_tiles", "edge_run", "edge_tiles", "slot", "walk")
 INTERIOR_TILES, EDGE_TILES, SLOT = (ITEM_FIELDS.index(name) for name in ("interior_tiles", "edge_tiles", "slot"))
 NO_SLOT = -1
 LATE_TILES = 2**15
-# More late edge tiles, or runs before them, than the column holds.
+# More late edge tiles, or runs before them, than the column holds; where nobody takes turns they are no late ones then.
 TOO_LATE = -1
 # Columns of the run table; an interior run uses the first two.
 RUN_FIELDS = ("col", "n_tiles", "q_start", "q_len", "k_start", "k_len", "lo", "hi")
@@ -266,7 +266,8 @@ def _ramps(counts: IntArray) -> IntArray:
 
 def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     """The tables of a (canonical) slice table cut by a tiling."""
-    assert not tiling.in_turn or (tiling.transposed and tiling.max_tiles is None and tiling.grid is not None)
+    assert tiling.grid is None or (tiling.transposed and tiling.max_tiles is None)
+    assert tiling.grid is not None or not tiling.in_turn
     block = tiling.block_cols
     tiles = tile_rows(table, total_rows, tiling.rows_per_tile)
 
@@ -302,14 +303,15 @@ def build_stream(table: IntArray, total_rows: int, tiling: Tiling) -> Stream:
     interior = _Runs(tile, col + inner_first * block, inner_stop - inner_first, owner).drop_empty().joined(block)
     before = _Runs(tile, col, inner_first, owner).drop_empty()
     after = _Runs(tile, col + inner_stop * block, steps - inner_stop, owner).drop_empty()
-    # One behind the other by slices, or those behind their interior last.
     edge = _Runs.merge(before, after)
     late = np.zeros(len(tiles), np.int64)
-    if tiling.in_turn:
+    if tiling.grid is not None:
         runs_before = np.bincount(before.tile, minlength=len(tiles))
         late_tiles = np.bincount(after.tile, weights=after.n, minlength=len(tiles)).astype(np.int64)
         late = np.where(
-            (runs_before < 2**31 // LATE_TILES) & (late_tiles < LATE_TILES), runs_before * LATE_TILES + late_tiles, TOO_LATE
+            (runs_before < 2**31 // LATE_TILES) & (late_tiles < LATE_TILES),
+            runs_before * LATE_TILES + late_tiles,
+            TOO_LATE if tiling.in_turn else 0,
         )
 
     component = np.full(len(tiles), -1)
@@ -418,7 +420,7 @@ def _emit(
 
     split = parts[item_tile] > 1
     slot = np.where(split, np.cumsum(split) - 1, NO_SLOT)
-    items[:, 6] = late if tiling.in_turn else slot
+    items[:, 6] = slot if tiling.grid is None else late
     split_tiles = np.flatnonzero(parts > 1)
     combines = np.stack(
         [

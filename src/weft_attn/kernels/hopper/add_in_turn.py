@@ -10,10 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from weft_attn.kernels.hopper.by_keys import edges_of_part
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS
-from weft_attn.kernels.triton.visibility import first_tile_of_walk, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, first_tile_of_walk, next_tile_of_walk
 
 
 def turns_shape(heads: int, total_q: int) -> tuple[int, int]:
@@ -103,11 +102,11 @@ def add_in_turn(p, memory, exchange, turns, CONSUMER: gl.constexpr):
     while schedule.exists(number):
         first_head = schedule.head(turn) * p.GROUP
         direction = schedule.direction(turn)
-        first_key, _, edge_run, edge_tiles, interior_run, interior_tiles, _, _ = schedule.item(turn, 0)
+        first_key, _, edge_run, edge_tiles, interior_run, interior_tiles = schedule.item(turn, 0)
         late = schedule.late_edges(turn)
         for part in range(2):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-            step = _add_tiles(p, exchange, turns, step, run, tiles, 1, first_head, first_key, CONSUMER)
+            step = _add_tiles(p, exchange, turns, step, run, tiles, direction, first_head, first_key, CONSUMER)
             interior = gl.where(part == 0, interior_tiles, 0)
             step = _add_tiles(p, exchange, turns, step, interior_run, interior, direction, first_head, first_key, CONSUMER)
         schedule.heard(turn)

@@ -102,7 +102,7 @@ def hopper_backward_kernel(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (produce, (p, memory, gl.constexpr(IN_TURN))),
+                (produce, (p, memory, gl.constexpr(False))),
                 (sum_products, (p, memory, exchange, gl.constexpr(True))),
                 (sum_products, (p, memory, exchange, gl.constexpr(False))),
                 (weigh_and_differentiate, (p, memory, exchange)),
@@ -116,7 +116,7 @@ def hopper_backward_kernel(
         fence_async_shared()
         gl.warp_specialize(
             [
-                (produce, (p, memory, gl.constexpr(IN_TURN))),
+                (produce, (p, memory, gl.constexpr(True))),
                 (consume_for_dkdv, (p, memory, agreement, gl.constexpr(0))),
                 (consume_for_dkdv, (p, memory, agreement, gl.constexpr(1))),
             ],
@@ -134,7 +134,7 @@ def hopper_backward_kernel(
                 [
                     (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
                     (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
-                    (produce, (p, memory, gl.constexpr(IN_TURN))),
+                    (produce, (p, memory, gl.constexpr(False))),
                     (add_in_turn, (p, memory, exchange, turns, gl.constexpr(0))),
                     (add_in_turn, (p, memory, exchange, turns, gl.constexpr(1))),
                 ],
@@ -144,7 +144,7 @@ def hopper_backward_kernel(
         else:
             gl.warp_specialize(
                 [
-                    (produce, (p, memory, gl.constexpr(IN_TURN))),
+                    (produce, (p, memory, gl.constexpr(False))),
                     (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
                     (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
                 ],

@@ -14,15 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
+    first_edges,
     multiply_queries,
+    next_edges,
     seen_by,
     weigh,
     write_dk,
     write_dv,
 )
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, product_layout
-from weft_attn.kernels.triton import layout
-from weft_attn.kernels.triton.visibility import interval_in_run, next_tile
+from weft_attn.kernels.triton.visibility import edges_of_part
 
 
 @gluon.jit
@@ -66,7 +67,8 @@ def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        direction = schedule.direction(turn)
+        first_row, n_rows, edge_run, edge_tiles, _, interior_tiles = schedule.item(turn, CONSUMER)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         dk_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
         dv_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)
@@ -74,20 +76,25 @@ def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
         memory.k.wait(kv_step)
         memory.v.wait(kv_step)
 
-        for _ in range(edge_tiles):
-            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
-            for _member in range(p.GROUP):
+        late = schedule.late_edges(turn)
+        for part in range(2):
+            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
+            col, left, first, stop, col_stop = first_edges(p, schedule, turn, part, rows, direction)
+            for tile in range(tiles):
+                for _member in range(p.GROUP):
+                    memory.slots.wait(step)
+                    zero = zero * 3
+                    cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
+                    dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, first, stop, col, True)
+                    step += 1
+                run, col, left, first, stop, col_stop = next_edges(
+                    p, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile
+                )
+            for _ in range(gl.where(part == 0, interior_tiles * p.GROUP, 0)):
                 memory.slots.wait(step)
                 zero = zero * 3
-                cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
-                dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, first, stop, col, True)
+                dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, rows, rows, 0, False)
                 step += 1
-            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        for _ in range(interior_tiles * p.GROUP):
-            memory.slots.wait(step)
-            zero = zero * 3
-            dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, rows, rows, 0, False)
-            step += 1
 
         memory.k.release(kv_step)
         memory.v.release(kv_step)

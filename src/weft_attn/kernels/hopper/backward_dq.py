@@ -27,7 +27,7 @@ from weft_attn.kernels.hopper.by_rows import make_dealer, make_key_rings, start
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate
 from weft_attn.kernels.hopper.pair import SharedRing
-from weft_attn.kernels.hopper.schedule import Schedule, grid_of, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import EDGES, Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -221,8 +221,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         head = schedule.head(turn)
-        first_row, n_rows, run, edge_tiles, _, interior_tiles, col, left = schedule.item(turn, CONSUMER)
-        row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
+        first_row, n_rows, run, edge_tiles, _, interior_tiles = schedule.item(turn, CONSUMER)
+        col, left = schedule.run(turn, EDGES)
+        row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES)
         rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, scores_layout))
         is_row = rows < first_row + n_rows
         dq_acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, acc_layout)

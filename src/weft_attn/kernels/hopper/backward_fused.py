@@ -22,8 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
-    edges_of_part,
+    first_edges,
+    first_interior,
     multiply_queries,
+    next_edges,
     seen_by,
     weigh,
     write_dk,
@@ -32,9 +34,8 @@ from weft_attn.kernels.hopper.by_keys import (
 from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
-from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import first_tile, first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, next_tile_of_walk
 
 # No row: nothing is added. No box may be sent there: the copy engine takes no rows below zero.
 NOWHERE = gl.constexpr(-1)
@@ -220,13 +221,13 @@ def _accumulate_tile(
 @gluon.jit
 def _walk_edges(
     p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows, first_head,
-    run, col, left, n_tiles, CONSUMER: gl.constexpr,
+    turn, part, run, n_tiles, direction, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """So many edge tiles, from the one at `col`."""
+    """The edge tiles of a part."""
+    col, left, first, stop, col_stop = first_edges(p, memory.schedule, turn, part, rows, direction)
     late_row = NOWHERE
     late_valid = 0
-    for _ in range(n_tiles):
-        first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+    for tile in range(n_tiles):
         for member in range(p.GROUP):
             zero = zero * 3
             row = (first_head + member) * p.stride_stats_h + col
@@ -239,7 +240,9 @@ def _walk_edges(
             late_row = row
             late_valid = n_valid
             step += 1
-        run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
+        run, col, left, first, stop, col_stop = next_edges(
+            p, run, col, left, first, stop, col_stop, rows, direction, n_tiles - 1 - tile
+        )
     if exchange.IS_LATE:
         _add_last(p, memory, exchange, step, zero, late_row, late_valid, True, CONSUMER)
     return step, cleaned, zero, scores, dk_acc, dv_acc
@@ -248,10 +251,10 @@ def _walk_edges(
 @gluon.jit
 def _walk_interior(
     p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
-    run, n_tiles, direction, CONSUMER: gl.constexpr,
+    turn, run, n_tiles, direction, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """So many interior tiles, each run from its one end or the other."""
-    col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
+    col, left = first_interior(p, memory.schedule, turn, direction)
     late_row = NOWHERE
     for _ in range(n_tiles):
         for member in range(p.GROUP):
@@ -284,7 +287,7 @@ def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
-        first_row, n_rows, run_of_edges, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
+        first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles = schedule.item(turn, CONSUMER)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.
@@ -307,27 +310,16 @@ def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
             scores = _multiply_scores(p, memory, step, zero, CONSUMER)
             scores = warpgroup_mma_wait(0, deps=[scores])
 
-        if exchange.IN_TURN:
-            late = schedule.late_edges(turn)
-            for part in range(2):
-                run, tiles = edges_of_part(part, direction, run_of_edges, edge_tiles, late)
-                col, left = first_tile(p.runs_ptr, run)
-                step, cleaned, zero, scores, dk_acc, dv_acc = _walk_edges(
-                    p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows,
-                    first_head, run, col, left, tiles, CONSUMER,
-                )  # fmt: skip
-                step, zero, scores, dk_acc, dv_acc = _walk_interior(
-                    p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
-                    interior_run, gl.where(part == 0, interior_tiles, 0), direction, CONSUMER,
-                )  # fmt: skip
-        else:
+        late = schedule.late_edges(turn)
+        for part in range(2):
+            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step, cleaned, zero, scores, dk_acc, dv_acc = _walk_edges(
                 p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows,
-                first_head, run_of_edges, col, left, edge_tiles, CONSUMER,
+                first_head, turn, part, run, tiles, direction, CONSUMER,
             )  # fmt: skip
             step, zero, scores, dk_acc, dv_acc = _walk_interior(
                 p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
-                interior_run, interior_tiles, direction, CONSUMER,
+                turn, interior_run, gl.where(part == 0, interior_tiles, 0), direction, CONSUMER,
             )  # fmt: skip
 
         memory.k.release(kv_step)

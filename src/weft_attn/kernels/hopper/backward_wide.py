@@ -19,13 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from weft_attn.kernels.hopper.by_keys import differentiate, multiply_queries, seen_by, weigh, write_dk, write_dv
+from weft_attn.kernels.hopper.by_keys import (
+    differentiate,
+    first_edges,
+    first_interior,
+    multiply_queries,
+    next_edges,
+    seen_by,
+    weigh,
+    write_dk,
+    write_dv,
+)
 from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
-from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import first_tile_of_walk, interval_in_run, next_tile, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, next_tile_of_walk
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
@@ -98,7 +107,7 @@ def sum_products(p, memory, exchange, IS_DV: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
-        first_row, n_rows, _, edge_tiles, _, interior_tiles, _, _ = schedule.item(turn, 0)
+        first_row, n_rows, _, edge_tiles, _, interior_tiles = schedule.item(turn, 0)
         # In halves: under ptxas 12.8 a kernel of four warp groups takes no wider product.
         acc_left = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
         acc_right = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
@@ -218,7 +227,7 @@ def weigh_and_differentiate(p, memory, exchange):
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
-        first_row, n_rows, run, edge_tiles, interior_run, interior_tiles, col, left = schedule.item(turn, 0)
+        first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles = schedule.item(turn, 0)
         offsets = gl.arange(0, ROWS, row_layout)
         # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
         # infinite one times a zeroed key is NaN.
@@ -236,38 +245,33 @@ def weigh_and_differentiate(p, memory, exchange):
             scores = warpgroup_mma_wait(0, deps=[scores])
 
         first_head = kv_head * p.GROUP
-        for _ in range(edge_tiles):
-            first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
-            for member in range(p.GROUP):
-                zero = zero * 3
-                _clean_queries(p, memory, step, col_stop - col)
-                scores = _weigh_tile(
-                    p,
-                    memory,
-                    exchange,
-                    step,
-                    last_step,
-                    zero,
-                    scores,
-                    first,
-                    stop,
-                    col,
-                    col_stop - col,
-                    first_head + member,
-                    True,
+        late = schedule.late_edges(turn)
+        for part in range(2):
+            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
+            col, left, first, stop, col_stop = first_edges(p, schedule, turn, part, rows, direction)
+            for tile in range(tiles):
+                for member in range(p.GROUP):
+                    zero = zero * 3
+                    _clean_queries(p, memory, step, col_stop - col)
+                    scores = _weigh_tile(
+                        p, memory, exchange, step, last_step, zero, scores, first, stop, col, col_stop - col,
+                        first_head + member, True,
+                    )  # fmt: skip
+                    step += 1
+                run, col, left, first, stop, col_stop = next_edges(
+                    p, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile
                 )
-                step += 1
-            run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_Q)
-        run = interior_run
-        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
-        for _ in range(interior_tiles):
-            for member in range(p.GROUP):
-                zero = zero * 3
-                scores = _weigh_tile(
-                    p, memory, exchange, step, last_step, zero, scores, rows, rows, col, p.BLOCK_Q, first_head + member, False
-                )
-                step += 1
-            run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
+            run = interior_run
+            col, left = first_interior(p, schedule, turn, direction)
+            for _ in range(gl.where(part == 0, interior_tiles, 0)):
+                for member in range(p.GROUP):
+                    zero = zero * 3
+                    scores = _weigh_tile(
+                        p, memory, exchange, step, last_step, zero, scores, rows, rows, col, p.BLOCK_Q,
+                        first_head + member, False,
+                    )  # fmt: skip
+                    step += 1
+                run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
 
         memory.k.release(turn)
         memory.v.release(turn)

@@ -1,8 +1,8 @@
 """What the Hopper backward kernels that walk the plan by keys share: their tables and tensors, their shared memory, their producer.
 
 Everything is transposed: rows of a tile are keys, columns queries, items come from the transposed plan (keys of one KV head in tiles of
-64). The query heads of a group are walked inside each tile, edge tiles before interior ones (in turn: `edges_of_part`), and these in the
-schedule's direction.
+64). The query heads of a group are walked inside each tile, and tiles in the schedule's direction, edge tiles before or behind interior ones
+(`edges_of_part`).
 q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py or
 backward_dq.py; dk, dv (Tk, Hkv, D) in their own dtype.
 """
@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
-from weft_attn.kernels.hopper.schedule import Schedule, load_item
+from weft_attn.kernels.hopper.schedule import EDGES, INTERIOR, Schedule, load_item
 from weft_attn.kernels.hopper.statistics import load_statistics, make_statistics, read_statistics
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
@@ -28,7 +28,13 @@ from weft_attn.kernels.hopper.tiles import (
 )
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import cap_scores
-from weft_attn.kernels.triton.visibility import first_tile_of_walk, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import (
+    edges_of_part,
+    first_tile_of_walk,
+    interval_in_run,
+    interval_in_slice,
+    next_tile_of_walk,
+)
 
 
 @aggregate
@@ -140,20 +146,12 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
 
 
 @gluon.jit
-def edges_of_part(part, direction, edge_run, edge_tiles, late):
-    """The edge tiles that an item of programs in turn walks before its interior ones (part 0), or behind them: first run and how many.
+def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
+    """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns.
 
-    Walked up, the early ones come first, walked down the late ones; `late` as in layout.LATE_TILES.
+    `LOOKS_AHEAD`: steps are so quick that a short item's successor is to be taken when it begins. Where items share much memory traffic it
+    is not: items that are neighbours in the list then begin as far apart as their programs' items differ in length (docs/adr/0030).
     """
-    late_tiles = late % layout.LATE_TILES
-    is_late = (part == 0) == (direction < 0)
-    run = gl.where(is_late, edge_run + late // layout.LATE_TILES, edge_run)
-    return run, gl.where(is_late, late_tiles, edge_tiles - late_tiles)
-
-
-@gluon.jit
-def produce(p, memory, IN_TURN: gl.constexpr):
-    """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns."""
     KEY_TILES: gl.constexpr = memory.k.slots.STAGES
     schedule = memory.schedule
     step = 0
@@ -165,28 +163,27 @@ def produce(p, memory, IN_TURN: gl.constexpr):
         direction = schedule.direction_of(number, p.items_ptr)
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
-        if is_short:
-            number = schedule.dealer.take(turn)
+        is_told = 0
+        if LOOKS_AHEAD:
+            if is_short:
+                number = schedule.dealer.take(turn)
         for tile in gl.static_range(KEY_TILES):
             memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
-        if IN_TURN:
-            late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
-            for part in range(2):
-                run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-                step = _load_queries(p, memory, step, kv_head, run, tiles, 1)
-                if is_short & (part == 0):
-                    # After the tiles that this turn begins with.
-                    schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-                step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
-        else:
-            step = _load_queries(p, memory, step, kv_head, edge_run, edge_tiles, 1)
-            if is_short:
+        late = gl.load(p.items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_LATE_EDGES)
+        first_step = step
+        for part in range(2):
+            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
+            step = _load_queries(p, memory, step, kv_head, run, tiles, direction)
+            step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
+            if LOOKS_AHEAD:
                 # After the tiles that this turn begins with.
-                schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-            step = _load_queries(p, memory, step, kv_head, interior_run, interior_tiles, direction)
-        if not is_short:
-            number = schedule.dealer.take(turn)
+                if is_short & (step > first_step) & (is_told == 0):
+                    schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
+                    is_told = 1
+        if is_told == 0:
+            if not (LOOKS_AHEAD and is_short):
+                number = schedule.dealer.take(turn)
             schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
         turn += 1
     schedule.finish()
@@ -217,6 +214,34 @@ def make_memory(
 
 
 # ---- what the consumers share -------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def first_edges(p, schedule, turn, part, rows, direction):
+    """The first edge tile of a part: its column, tiles left in its run, and what its `rows` see (`interval_in_run`)."""
+    col, left = schedule.run(turn, EDGES + part)
+    row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES + part)
+    first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
+    return gl.where(direction < 0, col + (left - 1) * p.BLOCK_Q, col), left, first, stop, col_stop
+
+
+@gluon.jit
+def next_edges(p, run, col, left, first, stop, col_stop, rows, direction, n_more):
+    """The next edge tile, of `n_more` that there are: its run, and as `first_edges` has it. What rows see is asked for once a run."""
+    left -= 1
+    col += direction * p.BLOCK_Q
+    if (left == 0) & (n_more > 0):
+        run += 1
+        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
+        first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
+    return run, col, left, first, stop, col_stop
+
+
+@gluon.jit
+def first_interior(p, schedule, turn, direction):
+    """The first interior tile: its column, and tiles left in its run."""
+    col, left = schedule.run(turn, INTERIOR)
+    return gl.where(direction < 0, col + (left - 1) * p.BLOCK_Q, col), left
 
 
 @gluon.jit

@@ -25,7 +25,7 @@ from weft_attn.kernels.hopper.by_rows import make_dealer, make_key_rings, start
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
 from weft_attn.kernels.hopper.pair import SharedRing
-from weft_attn.kernels.hopper.schedule import Schedule, grid_of, load_item, make_schedule
+from weft_attn.kernels.hopper.schedule import EDGES, Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
     BY_ROWS,
     MINUS_INFINITY,
@@ -263,8 +263,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     number = schedule.number(turn)
     while schedule.exists(number):
         head = schedule.head(turn)
-        first_row, n_rows, edge_run, edge_tiles, _interior_run, interior_tiles, col, left = schedule.item(turn, CONSUMER)
-        row_start, row_len, col_start, col_len, lo, hi = schedule.first_slice(turn)
+        first_row, n_rows, edge_run, edge_tiles, _interior_run, interior_tiles = schedule.item(turn, CONSUMER)
+        col, left = schedule.run(turn, EDGES)
+        row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
         row_sum = gl.zeros([ROWS, p.SUMS], gl.float32, p.sums_layout)

@@ -16,14 +16,17 @@ from weft_attn.kernels.hopper.pair import Pair
 from weft_attn.kernels.hopper.tiles import ROWS, one_a_lane
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import direction_of_walk, place_in_list
+from weft_attn.kernels.triton.visibility import edges_of_part
 
 # Turns on their way to the consumers: one that they work on, which they hold to its end, the next, the one that is told, and one more,
 # so that the producer waits for nobody's end.
 SLOTS = gl.constexpr(4)
 # Tiles of an item that is over soon.
 SHORT = gl.constexpr(8)
-# int32 that a turn is told in.
-RECORD = gl.constexpr(32)
+# Rows that a turn is told in, each as wide as a row of a table: the number; head and direction; the item's; its first edge run's. A walk by
+# keys has two parts (`edges_of_part`): the first edge run of each, and the first interior run.
+RECORD_ROWS = gl.constexpr(8)
+NUMBER, HEAD, ITEM, EDGES, EDGES_OF_NEXT_PART, INTERIOR = (gl.constexpr(row) for row in range(6))
 # Registers a thread that are left to the producer.
 PRODUCER_REGISTERS = gl.constexpr(24)
 # int32 of the counter: numbers taken, programs done.
@@ -95,8 +98,7 @@ class Schedule:
     Attributes:
         dealer: who takes numbers from the counter: a program, or a pair of them.
         n_heads, heads_per_wave, last_heads: of a dealer's places: heads, or pairs of them.
-        records: (SLOTS, RECORD) int32, each as wide as a row of a table: the number, the item's row, its first edge run's, the
-            head and the direction.
+        records: (SLOTS * RECORD_ROWS, layout.ITEM_WIDTH) int32.
         full, empty: (SLOTS, 1) barriers.
         PRODUCER_WARPS: of the producer; a consumer has four.
     """
@@ -146,91 +148,90 @@ class Schedule:
         return n_tiles <= SHORT
 
     @gluon.jit
-    def tell(self, turn, number, items_ptr, runs_ptr, HAS_DIRECTION: gl.constexpr):
-        """Producer: tell the consumers what `turn` works on: number, head, item and its first edge run, which they would wait for; with
-        `HAS_DIRECTION` also which way it is walked.
-        """
+    def tell(self, turn, number, items_ptr, runs_ptr, BY_KEYS: gl.constexpr):
+        """Producer: tell the consumers what `turn` works on, with the rows of tables that they would wait for (RECORD_ROWS)."""
         slot = turn % SLOTS
         mbarrier.wait(self.empty.index(slot), ((turn // SLOTS) & 1) ^ 1)
-        record = self.records.index(slot)
+        record = slot * RECORD_ROWS
         fields = gl.arange(0, layout.ITEM_WIDTH, one_a_lane(self.PRODUCER_WARPS))
-        record.slice(0, layout.ITEM_WIDTH).store(gl.zeros_like(fields) + number)
+        self.records.index(record + NUMBER).store(gl.zeros_like(fields) + number)
         if self.exists(number):
             item, head, _, _ = self.locate(number)
             item_ptr = items_ptr + item * layout.ITEM_WIDTH
-            run_ptr = runs_ptr + gl.load(item_ptr + layout.ITEM_EDGE_RUN) * layout.RUN_WIDTH
-            record.slice(layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(gl.load(item_ptr + fields))
-            record.slice(2 * layout.ITEM_WIDTH, layout.RUN_WIDTH).store(gl.load(run_ptr + fields))
+            edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
             head_and_direction = gl.zeros_like(fields) + head
-            if HAS_DIRECTION:
-                head_and_direction = gl.where(fields == 0, head, self.direction_of(number, items_ptr))
-            record.slice(3 * layout.ITEM_WIDTH, layout.ITEM_WIDTH).store(head_and_direction)
+            self.records.index(record + ITEM).store(gl.load(item_ptr + fields))
+            if BY_KEYS:
+                direction = self.direction_of(number, items_ptr)
+                head_and_direction = gl.where(fields == 0, head, direction)
+                late = gl.load(item_ptr + layout.ITEM_LATE_EDGES)
+                interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+                edge_run, _ = edges_of_part(0, direction, edge_run, 0, late)
+                next_run, _ = edges_of_part(1, direction, gl.load(item_ptr + layout.ITEM_EDGE_RUN), 0, late)
+                self.records.index(record + EDGES_OF_NEXT_PART).store(gl.load(runs_ptr + next_run * layout.RUN_WIDTH + fields))
+                self.records.index(record + INTERIOR).store(gl.load(runs_ptr + interior_run * layout.RUN_WIDTH + fields))
+            self.records.index(record + EDGES).store(gl.load(runs_ptr + edge_run * layout.RUN_WIDTH + fields))
+            self.records.index(record + HEAD).store(head_and_direction)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
     def hear(self, turn):
-        """Consumer: wait for what the producer tells of `turn`; `number`, `head`, `direction`, `item`, `first_slice` read it."""
+        """Consumer: wait for what the producer tells of `turn`, which the methods from here to `heard` read."""
         mbarrier.wait(self.full.index(turn % SLOTS), (turn // SLOTS) & 1)
 
     @gluon.jit
     def number(self, turn):
-        return self._read(turn, 0)
+        return self._read(turn, NUMBER, 0)
 
     @gluon.jit
     def head(self, turn):
-        return self._read(turn, 3 * layout.ITEM_WIDTH)
+        return self._read(turn, HEAD, 0)
 
     @gluon.jit
     def direction(self, turn):
         """Which way a backward by keys walks the item's interior tiles."""
-        return self._read(turn, 3 * layout.ITEM_WIDTH + 1)
-
-    @gluon.jit
-    def _item_field(self, turn, FIELD: gl.constexpr):
-        return self._read(turn, layout.ITEM_WIDTH + FIELD)
-
-    @gluon.jit
-    def _run_field(self, turn, FIELD: gl.constexpr):
-        """A field of the item's first edge run."""
-        return self._read(turn, 2 * layout.ITEM_WIDTH + FIELD)
+        return self._read(turn, HEAD, 1)
 
     @gluon.jit
     def item(self, turn, CONSUMER: gl.constexpr):
-        """A consumer's rows of the item, its streams, and where its first edge run begins."""
-        first_row = self._item_field(turn, layout.ITEM_ROW) + CONSUMER * ROWS
-        n_rows = self._item_field(turn, layout.ITEM_N_ROWS) - CONSUMER * ROWS
-        edge_run = self._item_field(turn, layout.ITEM_EDGE_RUN)
-        edge_tiles = self._item_field(turn, layout.ITEM_EDGE_TILES)
-        interior_run = self._item_field(turn, layout.ITEM_INTERIOR_RUN)
-        interior_tiles = self._item_field(turn, layout.ITEM_INTERIOR_TILES)
-        col = self._run_field(turn, layout.RUN_COL)
-        left = self._run_field(turn, layout.RUN_N_TILES)
-        return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles, col, left
+        """A consumer's rows of the item, and its streams: edge and interior, first run and how many tiles."""
+        first_row = self._read(turn, ITEM, layout.ITEM_ROW) + CONSUMER * ROWS
+        n_rows = self._read(turn, ITEM, layout.ITEM_N_ROWS) - CONSUMER * ROWS
+        edge_run = self._read(turn, ITEM, layout.ITEM_EDGE_RUN)
+        edge_tiles = self._read(turn, ITEM, layout.ITEM_EDGE_TILES)
+        interior_run = self._read(turn, ITEM, layout.ITEM_INTERIOR_RUN)
+        interior_tiles = self._read(turn, ITEM, layout.ITEM_INTERIOR_TILES)
+        return first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles
 
     @gluon.jit
     def late_edges(self, turn):
-        """Of an item whose programs add in turn: layout.LATE_TILES."""
-        return self._item_field(turn, layout.ITEM_LATE_EDGES)
+        """Of an item by keys: layout.LATE_TILES."""
+        return self._read(turn, ITEM, layout.ITEM_LATE_EDGES)
 
     @gluon.jit
-    def first_slice(self, turn):
-        """The slice of the item's first edge run, as `interval_in_slice` takes it."""
-        row_start = self._run_field(turn, layout.RUN_ROW_START)
-        row_len = self._run_field(turn, layout.RUN_ROW_LEN)
-        col_start = self._run_field(turn, layout.RUN_COL_START)
-        col_len = self._run_field(turn, layout.RUN_COL_LEN)
+    def run(self, turn, row):
+        """A told run: its first column and how many tiles it has, as `first_tile` does; `row` EDGES, by keys plus the part, or INTERIOR."""
+        return self._read(turn, row, layout.RUN_COL), self._read(turn, row, layout.RUN_N_TILES)
+
+    @gluon.jit
+    def slice_of_run(self, turn, row):
+        """The slice of a told edge run, as `interval_in_slice` takes it."""
+        row_start = self._read(turn, row, layout.RUN_ROW_START)
+        row_len = self._read(turn, row, layout.RUN_ROW_LEN)
+        col_start = self._read(turn, row, layout.RUN_COL_START)
+        col_len = self._read(turn, row, layout.RUN_COL_LEN)
         return (
             row_start,
             row_len,
             col_start,
             col_len,
-            self._run_field(turn, layout.RUN_LO),
-            self._run_field(turn, layout.RUN_HI),
+            self._read(turn, row, layout.RUN_LO),
+            self._read(turn, row, layout.RUN_HI),
         )
 
     @gluon.jit
-    def _read(self, turn, AT: gl.constexpr):
-        return gl.max(self.records.index(turn % SLOTS).slice(AT, 1).load(one_a_lane(gl.num_warps())), 0)
+    def _read(self, turn, row, FIELD: gl.constexpr):
+        return gl.max(self.records.index(turn % SLOTS * RECORD_ROWS + row).slice(FIELD, 1).load(one_a_lane(gl.num_warps())), 0)
 
     @gluon.jit
     def heard(self, turn):
@@ -262,7 +263,9 @@ def load_item(items_ptr, item):
 @gluon.jit
 def make_schedule(dealer, n_items, n_heads, heads_per_wave, last_heads, CONSUMERS: gl.constexpr, PRODUCER_WARPS: gl.constexpr):
     """A schedule that `CONSUMERS` partitions hear. The last wave has `last_heads` heads or more; 0: those that are left."""
-    records = gl.allocate_shared_memory(gl.int32, [SLOTS, RECORD], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    records = gl.allocate_shared_memory(
+        gl.int32, [SLOTS * RECORD_ROWS, layout.ITEM_WIDTH], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(SLOTS):

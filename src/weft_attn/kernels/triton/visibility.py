@@ -60,6 +60,19 @@ def first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS: tl.constexpr):
 
 
 @triton.jit
+def edges_of_part(part, direction, edge_run, edge_tiles, late):
+    """The edge tiles that a walk by keys visits before the interior ones (part 0) or behind them (part 1): first run and how many.
+
+    Walked up, the early ones come first, walked down the late ones, so that all tiles come by their columns; `late` as in
+    layout.LATE_TILES.
+    """
+    late_tiles = late % layout.LATE_TILES
+    is_late = (part == 0) == (direction < 0)
+    run = tl.where(is_late, edge_run + late // layout.LATE_TILES, edge_run)
+    return run, tl.where(is_late, late_tiles, edge_tiles - late_tiles)
+
+
+@triton.jit
 def next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK_COLS: tl.constexpr):
     """As `next_tile`, runs in their order and each in the direction. With a branch: for loops that wait for all they began in every step."""
     left -= 1
