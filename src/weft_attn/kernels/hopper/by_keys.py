@@ -123,25 +123,27 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
     """Ask for the query tiles of one stream, each of all heads of the group; the step after them."""
     DOUT_BYTES: gl.constexpr = p.dout_desc.block_type.nbytes
     N_BYTES: gl.constexpr = p.q_desc.block_type.nbytes + (0 if memory.IS_DOUT_APART else DOUT_BYTES)
-    col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
-    for _ in range(n_tiles):
-        for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
-            # Asked for before the slot is free, so that nobody waits for them.
-            lse_log2, delta = load_statistics(
-                p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS
-            )
-            slot, full = memory.slots.acquire(step, N_BYTES)
-            load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
-            if not memory.IS_DOUT_APART:
-                load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
-            memory.lse_log2.index(slot).store(lse_log2)
-            memory.delta.index(slot).store(delta)
-            mbarrier.arrive(full, count=1)
-            if memory.IS_DOUT_APART:
-                dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
-                load_box(p.dout_desc, [col, head * p.stride_doh], dout_full, memory.dout.index(dout_slot))
-            step += 1
-        run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
+    # Else nobody waits for where it would begin.
+    if n_tiles > 0:
+        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
+        for _ in range(n_tiles):
+            for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
+                # Asked for before the slot is free, so that nobody waits for them.
+                lse_log2, delta = load_statistics(
+                    p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS
+                )
+                slot, full = memory.slots.acquire(step, N_BYTES)
+                load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
+                if not memory.IS_DOUT_APART:
+                    load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
+                memory.lse_log2.index(slot).store(lse_log2)
+                memory.delta.index(slot).store(delta)
+                mbarrier.arrive(full, count=1)
+                if memory.IS_DOUT_APART:
+                    dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
+                    load_box(p.dout_desc, [col, head * p.stride_doh], dout_full, memory.dout.index(dout_slot))
+                step += 1
+            run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
     return step
 
 
