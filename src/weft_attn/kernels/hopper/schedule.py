@@ -158,20 +158,28 @@ class Schedule:
         if self.exists(number):
             item, head, _, _ = self.locate(number)
             item_ptr = items_ptr + item * layout.ITEM_WIDTH
+            item_row = gl.load(item_ptr + fields)
             edge_run = gl.load(item_ptr + layout.ITEM_EDGE_RUN)
-            head_and_direction = gl.zeros_like(fields) + head
-            self.records.index(record + ITEM).store(gl.load(item_ptr + fields))
+            # All rows are asked for before the first is written: they come together.
             if BY_KEYS:
                 direction = self.direction_of(number, items_ptr)
-                head_and_direction = gl.where(fields == 0, head, direction)
                 late = gl.load(item_ptr + layout.ITEM_LATE_EDGES)
                 interior_run = gl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
-                edge_run, _ = edges_of_part(0, direction, edge_run, 0, late)
-                next_run, _ = edges_of_part(1, direction, gl.load(item_ptr + layout.ITEM_EDGE_RUN), 0, late)
-                self.records.index(record + EDGES_OF_NEXT_PART).store(gl.load(runs_ptr + next_run * layout.RUN_WIDTH + fields))
-                self.records.index(record + INTERIOR).store(gl.load(runs_ptr + interior_run * layout.RUN_WIDTH + fields))
-            self.records.index(record + EDGES).store(gl.load(runs_ptr + edge_run * layout.RUN_WIDTH + fields))
-            self.records.index(record + HEAD).store(head_and_direction)
+                first_run, _ = edges_of_part(0, direction, edge_run, 0, late)
+                next_run, _ = edges_of_part(1, direction, edge_run, 0, late)
+                edges_row = gl.load(runs_ptr + first_run * layout.RUN_WIDTH + fields)
+                next_row = gl.load(runs_ptr + next_run * layout.RUN_WIDTH + fields)
+                interior_row = gl.load(runs_ptr + interior_run * layout.RUN_WIDTH + fields)
+                self.records.index(record + HEAD).store(gl.where(fields == 0, head, direction))
+                self.records.index(record + ITEM).store(item_row)
+                self.records.index(record + EDGES).store(edges_row)
+                self.records.index(record + EDGES_OF_NEXT_PART).store(next_row)
+                self.records.index(record + INTERIOR).store(interior_row)
+            else:
+                edges_row = gl.load(runs_ptr + edge_run * layout.RUN_WIDTH + fields)
+                self.records.index(record + HEAD).store(gl.zeros_like(fields) + head)
+                self.records.index(record + ITEM).store(item_row)
+                self.records.index(record + EDGES).store(edges_row)
         mbarrier.arrive(self.full.index(slot), count=1)
 
     @gluon.jit
