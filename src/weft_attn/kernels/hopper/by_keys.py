@@ -166,7 +166,8 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         is_told = 0
-        if LOOKS_AHEAD:
+        # Not one condition: what the compiler is told is no tensor.
+        if LOOKS_AHEAD:  # noqa: SIM102
             if is_short:
                 number = schedule.dealer.take(turn)
         for tile in gl.static_range(KEY_TILES):
@@ -178,7 +179,7 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step = _load_queries(p, memory, step, kv_head, run, tiles, direction)
             step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
-            if LOOKS_AHEAD:
+            if LOOKS_AHEAD:  # noqa: SIM102
                 # After the tiles that this turn begins with.
                 if is_short & (step > first_step) & (is_told == 0):
                     schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)

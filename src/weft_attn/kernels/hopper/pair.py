@@ -213,7 +213,7 @@ class Pair:
         phase = (turn // LETTERS) & 1
         number = 0
         if self.program == 0:
-            number = self.programs() + gl.atomic_add(self.counter_ptr, 1)
+            number = self.programs() + gl.atomic_add(self.counter_ptr, 1, sem="relaxed")
             mbarrier.wait(self.words.index(empty), phase ^ 1)
             _send(number, self.address(letter), self.address(full), 1)
         else:

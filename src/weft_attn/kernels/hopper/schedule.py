@@ -2,8 +2,9 @@
 
 The list is that of `kernels/triton/tiles.py: place_in_list`. A program begins with its own number in it (one by one: with the next) and then
 takes numbers from a counter in global memory; only the producer asks, ahead of the turn, and tells the other warps, with the rows of
-the tables that they begin with. The last program to finish sets the counter back to zero for the next launch. Who works on what
-changes no result.
+the tables that they begin with. It asks without any order among other accesses to memory (`relaxed`): nothing is read because of a number but
+tables that nobody writes, and a fence would make it wait for all that its program has written, and forget what it has read. The last program to
+finish, which does ask in order, sets the counter back to zero for the next launch. Who works on what changes no result.
 """
 
 from triton.experimental import gluon
@@ -71,7 +72,7 @@ class Alone:
     def first(self):
         """The number that this program begins with."""
         if self.ONE_BY_ONE:
-            return gl.atomic_add(self.counter_ptr, 1)
+            return gl.atomic_add(self.counter_ptr, 1, sem="relaxed")
         return gl.program_id(0)
 
     @gluon.jit
@@ -83,8 +84,8 @@ class Alone:
     def take(self, _turn):
         """Producer, once a turn: the number of the turn after this one."""
         if self.ONE_BY_ONE:
-            return gl.atomic_add(self.counter_ptr, 1)
-        return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1)
+            return gl.atomic_add(self.counter_ptr, 1, sem="relaxed")
+        return gl.num_programs(0) + gl.atomic_add(self.counter_ptr, 1, sem="relaxed")
 
     @gluon.jit
     def meet(self):
