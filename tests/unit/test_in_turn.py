@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import groupby, product
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -35,11 +36,14 @@ def streams(plan: Plan, grid: Grid) -> tuple[Stream, Stream]:
 
 
 def walk(stream: Stream, item: list[int], is_up: bool) -> list[tuple[int, int]]:
-    """(column, run) of an item's tiles in the order in which the kernel visits them (`by_keys.py: edges_of_part`)."""
+    """(column, run) of an item's tiles in the order in which the kernel visits them (`visibility.py: edges_of_part`), runs each by itself."""
     edges = tiles(stream, item)[: item[5]]
     early, late = ([(col, run) for col, run, is_late in edges if is_late == wanted] for wanted in (False, True))
     interior = [(col, run) for col, run, _ in tiles(stream, item)[item[5] :]]
-    return [*early, *interior, *late] if is_up else [*late, *interior[::-1], *early]
+    if is_up:
+        return [*early, *interior, *late]
+    runs = [list(run) for part in (late, interior, early) for _, run in groupby(part, key=itemgetter(1))]
+    return [tile for run in runs for tile in reversed(run)]
 
 
 def tiles(stream: Stream, item: list[int]) -> list[tuple[int, int, bool]]:

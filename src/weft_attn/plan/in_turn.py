@@ -22,7 +22,8 @@ HEADS_IN_TURN = 4
 # Tiles of a mean item and KV head that make waiting worth while, for each item of a head that begins with others: the last of them waits
 # for all.
 TILES_PER_TURN = 6
-# How long an item without interior tiles may be, of the mean: it walks up, and those around it may walk down.
+# How long an item without interior tiles may be, of the mean. From when edge tiles were always walked up, and those around them may have been walked
+# down; since ADR 30 they go with them, and what longer ones would cost was not measured.
 EDGES_OF_MEAN = 0.25
 # Columns of the item table (stream.py: ITEM_FIELDS).
 INTERIOR_RUN, EDGE_RUN = 2, 4
