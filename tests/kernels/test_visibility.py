@@ -15,6 +15,7 @@ from weft_attn.kernels.triton.visibility import (
     first_tile,
     first_tile_of_walk,
     interval_in_run,
+    next_edge_tile,
     next_tile,
     next_tile_of_walk,
     visible_interval,
@@ -23,6 +24,7 @@ from weft_attn.plan import in_step, slices, stream
 from weft_attn.testing.cases import PLANS
 
 ROWS = 32
+BY_KEYS = stream.Tiling(32, 16, transposed=True, masks_ragged=True, grid=in_step.Grid(4, 2))
 
 
 @triton.jit
@@ -68,7 +70,8 @@ def _directed_walk_kernel(out_ptr, runs_ptr, run, n_tiles, direction, BLOCK: tl.
 
 @triton.jit
 def _walk_by_keys_kernel(out_ptr, item_ptr, runs_ptr, direction, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The columns of an item's tiles in the order in which a Hopper backward by keys visits them."""
+    """An item's tiles in the order in which a Hopper backward by keys visits them: column, and what the item's first row sees, of edge tiles."""
+    rows = tl.load(item_ptr + layout.ITEM_ROW) + tl.arange(0, 1)
     step = 0
     for part in range(2):
         run, n_tiles = edges_of_part(
@@ -78,14 +81,24 @@ def _walk_by_keys_kernel(out_ptr, item_ptr, runs_ptr, direction, BLOCK: tl.const
             tl.load(item_ptr + layout.ITEM_EDGE_TILES),
             tl.load(item_ptr + layout.ITEM_LATE_EDGES),
         )
-        for _ in range(2):
-            col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
-            for _ in range(n_tiles):
-                tl.store(out_ptr + step, col)
-                step += 1
-                run, col, left = next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK)
-            run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
-            n_tiles = tl.where(part == 0, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES), 0)
+        col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
+        first, stop, col_stop = interval_in_run(runs_ptr + run * layout.RUN_WIDTH, rows)
+        for tile in range(n_tiles):
+            tl.store(out_ptr + 4 * step, col)
+            tl.store(out_ptr + 4 * step + 1 + tl.arange(0, 1), first)
+            tl.store(out_ptr + 4 * step + 2 + tl.arange(0, 1), stop)
+            tl.store(out_ptr + 4 * step + 3, col_stop)
+            step += 1
+            run, col, left, first, stop, col_stop = next_edge_tile(
+                runs_ptr, run, col, left, first, stop, col_stop, rows, direction, n_tiles - 1 - tile, BLOCK
+            )
+        run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
+        n_tiles = tl.where(part == 0, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES), 0)
+        col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
+        for _ in range(n_tiles):
+            tl.store(out_ptr + 4 * step, col)
+            step += 1
+            run, col, left = next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK)
 
 
 def cells(first: np.ndarray, stop: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -212,25 +225,40 @@ def test_the_interpreter_truncates_to_bfloat16_and_rounds_to_float16(dtype: torc
     assert not truncates(dtype, torch.device("cuda"))
 
 
+def walked_by_keys(tables: stream.Stream, item: np.ndarray, direction: int) -> np.ndarray:
+    """(tiles, 4) of `_walk_by_keys_kernel`; -1 where it tells nothing."""
+    found = torch.full((int(item[3] + item[5]), 4), -1, dtype=torch.int32)
+    if len(found):
+        _walk_by_keys_kernel[(1,)](found, torch.from_numpy(item.copy()), torch.from_numpy(tables.runs), direction, BLOCK=16)
+    return found.numpy()
+
+
 @pytest.mark.parametrize("direction", [1, -1])
-def test_a_walk_by_keys_comes_by_an_items_tiles_in_the_order_of_their_columns(direction: int) -> None:
+def test_a_walk_by_keys_comes_by_a_slices_tiles_in_the_order_of_their_columns(direction: int) -> None:
     """Early edge tiles at the diagonal, late ones at a ragged end and behind a window."""
-    documents = np.array([0, 1000, 1077, 1600])
-    for window in ((None, None), (300, 0)):
+    documents = np.array([0, 250, 269, 400])
+    for window in ((None, None), (75, 0)):
         plan = slices.Plan.from_cu_seqlens(documents, documents, causal=True, window=window)
-        tiling = stream.Tiling(128, 64, transposed=True, masks_ragged=True, grid=in_step.Grid(4, 2))
-        tables = stream.host_stream(plan, tiling)
-        runs = torch.from_numpy(tables.runs)
+        tables = stream.host_stream(plan, BY_KEYS)
         for item in tables.items:
-            found = torch.full((int(item[3] + item[5]),), -1, dtype=torch.int32)
-            _walk_by_keys_kernel[(1,)](found, torch.from_numpy(item.copy()), runs, direction, BLOCK=64)
-            assert (np.diff(found.numpy()) * direction > 0).all()
-            expected = [
-                run[0] + 64 * at
-                for first, n_tiles in ((item[2], item[3]), (item[4], item[5]))
-                for run, at in _tiles(tables.runs, first, n_tiles)
-            ]
-            assert sorted(found.tolist()) == sorted(expected)
+            assert (np.diff(walked_by_keys(tables, item, direction)[:, 0]) * direction > 0).all()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_walk_by_keys_visits_an_items_tiles_each_with_what_its_run_says(name: str) -> None:
+    tables = stream.host_stream(PLANS[name](60), BY_KEYS)
+    for item in tables.items:
+        expected = []
+        for run, n_tiles, is_edge in ((item[2], item[3], False), (item[4], item[5], True)):
+            for row, at in _tiles(tables.runs, run, n_tiles):
+                seen = (-1, -1, -1)
+                if is_edge:
+                    first, stop = (int(x[0]) for x in slices.visible_interval(item[:1] - row[2], row[5], row[6], row[7]))
+                    inside = 0 <= item[0] - row[2] < row[3]
+                    seen = (row[4] + first, row[4] + (stop if inside else 0), row[4] + row[5])
+                expected.append((row[0] + 16 * at, *seen))
+        for direction in (1, -1):
+            assert sorted(map(tuple, walked_by_keys(tables, item, direction).tolist())) == sorted(expected)
 
 
 def _tiles(runs: np.ndarray, run: int, n_tiles: int) -> list[tuple[np.ndarray, int]]:

@@ -121,6 +121,24 @@ def test_items_of_documents_walk_down_and_waves_have_several_heads() -> None:
     assert set(turned.items[:, 7].tolist()) <= {0, BY_ITEM}
 
 
+def test_documents_of_many_heads_take_turns_in_waves_of_as_many_as_make_a_round_of_the_largest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    offsets = np.arange(0, 65537, 2048).tolist()
+    tiling = Tiling(128, 64, transposed=True, masks_ragged=True, in_turn=8, grid=Grid(132, 8))
+    turned = host_stream(Plan.from_cu_seqlens(offsets, offsets, causal=True), tiling)
+    assert turned.heads_per_wave == 8
+    assert len(turned.afters) > 0
+
+
+def test_items_with_more_late_edges_than_a_number_tells_take_no_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.from_cu_seqlens([0, 300], [0, 300], causal=True)
+    assert len(streams(plan, GRIDS[1])[1].afters) > 0
+    monkeypatch.setattr("weft_attn.plan.stream.LATE_TILES", 1)
+    assert len(streams(plan, GRIDS[1])[1].afters) == 0
+
+
 def test_an_item_that_visits_a_tile_twice_takes_no_turns() -> None:
     """Two short stretches of keys in one item, one seen whole and the other up to the diagonal: walked down it would wait for itself."""
     slices = [Slice(0, 8192, 0, 8192), Slice(0, 8192, 8192, 64), Slice(0, 8192, 8256, 64, hi=0)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from weft_attn.plan import Plan, Slice
 from weft_attn.plan.in_step import Grid
 from weft_attn.plan.slices import visible_interval
-from weft_attn.plan.stream import NO_SLOT, Stream, Tiling, count_items, device_stream, host_stream
+from weft_attn.plan.stream import LATE_TILES, NO_SLOT, Stream, Tiling, count_items, device_stream, host_stream
 from weft_attn.testing.cases import PLANS
 
 TILINGS = [
@@ -90,6 +90,9 @@ def check_stream(plan: Plan, tiling: Tiling) -> Stream:
     if tiling.max_tiles is not None:
         assert (steps <= tiling.max_tiles).all()
 
+    if tiling.grid is not None:
+        check_late_edges(stream)
+        slots = np.full_like(slots, NO_SLOT)
     covered = np.zeros(len(visits), np.int64)
     whole = slots == NO_SLOT
     for row, n in zip(rows[whole], n_rows[whole], strict=True):
@@ -107,6 +110,13 @@ def check_stream(plan: Plan, tiling: Tiling) -> Stream:
     assert (used == 1).all()
     assert (covered == 1).all(), "each row is written once"
     return stream
+
+
+def check_late_edges(stream: Stream) -> None:
+    """The column tells a whole number of an item's edge runs, and the tiles of all that follow."""
+    for _, _, _, _, run, edge_tiles, late, _ in stream.items.tolist():
+        early = stream.runs[run : run + late // LATE_TILES, 1].sum()
+        assert early + late % LATE_TILES == edge_tiles
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)

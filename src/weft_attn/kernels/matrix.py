@@ -122,10 +122,12 @@ class Outcome:
 
 
 def allowed_atomics(variant: Variant) -> int:
-    """Results are summed without atomics that return something. A persistent grid counts with three: which item is next, asked in two
-    places, and who is done; in turn it asks for the first item too.
+    """Results are summed without atomics that return something. A persistent grid counts with two: which item is next, and who is done;
+    in turn it asks for the first item too, and all but the fused backward ask in two places, so that short items' successors are known early.
     """
-    return 3 + variant.in_turn if isinstance(variant.config, HopperConfig) else 0
+    if not isinstance(variant.config, HopperConfig):
+        return 0
+    return 2 + (variant.in_turn if isinstance(variant.config, HopperBackwardConfig) else 1)
 
 
 def variants(

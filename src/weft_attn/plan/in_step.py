@@ -109,16 +109,19 @@ def heads_in_step(n_items: int, programs: int, heads: int) -> int:
     return min(whole)[1] if whole else max(1, min(heads, round(2 * programs / max(1, n_items))))
 
 
-def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> Arrangement:
+def arrange(
+    steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid, heads_apart: bool = True
+) -> Arrangement:
     """How to go through a plan's items.
 
     Args:
         steps: (items,) tiles of each item.
         is_flat: whether it has no edge tiles.
         component: which items may see the same tiles (`components`).
+        heads_apart: whether documents listed one after the other may have waves of one head.
     """
     work, empty = np.flatnonzero(steps > 0), np.flatnonzero(steps == 0)
-    found = _arrange(steps[work], is_flat[work], np.unique(component[work], return_inverse=True)[1], grid)
+    found = _arrange(steps[work], is_flat[work], np.unique(component[work], return_inverse=True)[1], grid, heads_apart)
     return Arrangement(
         np.concatenate([work[found.order], empty]),
         np.concatenate([found.walks, np.full(len(empty), BY_ROUND)]),
@@ -127,7 +130,7 @@ def arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, gr
     )
 
 
-def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> Arrangement:
+def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid, heads_apart: bool) -> Arrangement:
     """Of items with tiles, components numbered from 0."""
     programs = grid.programs
     plain = Arrangement(
@@ -145,8 +148,9 @@ def _arrange(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, g
     if by_document:
         # Sorted at the end: half a round, or a whole one. Of one head a wave, so that those of a document and head are neighbours, or of a
         # round of the largest document where that ends too unevenly.
+        round_of_largest = max(1, min(grid.heads, programs // largest))
         for last in (-(-programs // 2), programs):
-            for heads in dict.fromkeys((1, max(1, min(grid.heads, programs // largest)))):
+            for heads in dict.fromkeys((1, round_of_largest) if heads_apart else (round_of_largest,)):
                 order = _in_order(steps, is_flat, component, heads, programs)
                 order[-last:] = order[-last:][np.argsort(-steps[order[-last:]], kind="stable")]
                 if _waiting(steps[order], heads, grid) <= most:

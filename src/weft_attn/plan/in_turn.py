@@ -22,19 +22,19 @@ HEADS_IN_TURN = 4
 # Tiles of a mean item and KV head that make waiting worth while, for each item of a head that begins with others: the last of them waits
 # for all.
 TILES_PER_TURN = 6
-# How long an item without interior tiles may be, of the mean. From when edge tiles were always walked up, and those around them may have been walked
-# down; since ADR 30 they go with them, and what longer ones would cost was not measured.
+# How long an item without interior tiles may be, of the mean. Chosen when it walked up and those around it perhaps down; they go together since
+# ADR 30, and what longer ones would cost was not measured.
 EDGES_OF_MEAN = 0.25
 # Columns of the item table (stream.py: ITEM_FIELDS).
 INTERIOR_RUN, EDGE_RUN = 2, 4
 
 
 def arrange_in_turn(steps: IntArray, is_flat: NDArray[np.bool_], component: IntArray, grid: Grid) -> Arrangement:
-    """As `in_step.arrange`, with waves of so many heads that few items of each follow each other.
+    """As `in_step.arrange`, with waves of so many heads, of documents too, that few items of each follow each other.
 
     Where items are not simply listed longest first all walk down: whoever begins later is behind, and nobody that sees less goes further.
     """
-    found = arrange(steps, is_flat, component, grid)
+    found = arrange(steps, is_flat, component, grid, heads_apart=False)
     heads = min(grid.heads, max(found.heads_per_wave, HEADS_IN_TURN))
     walks = np.full(len(steps), BY_ITEM) if found.walks.any() else found.walks
     return Arrangement(found.order, walks, heads)

@@ -16,14 +16,13 @@ from weft_attn.kernels.hopper.by_keys import (
     differentiate,
     first_edges,
     multiply_queries,
-    next_edges,
     seen_by,
     weigh,
     write_dk,
     write_dv,
 )
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, product_layout
-from weft_attn.kernels.triton.visibility import edges_of_part
+from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile
 
 
 @gluon.jit
@@ -87,8 +86,8 @@ def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
                     cleaned = clean_queries(p, memory, agreement, step, col_stop - col, cleaned, CONSUMER)
                     dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, first, stop, col, True)
                     step += 1
-                run, col, left, first, stop, col_stop = next_edges(
-                    p, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile
+                run, col, left, first, stop, col_stop = next_edge_tile(
+                    p.runs_ptr, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile, p.BLOCK_Q
                 )
             for _ in range(gl.where(part == 0, interior_tiles * p.GROUP, 0)):
                 memory.slots.wait(step)

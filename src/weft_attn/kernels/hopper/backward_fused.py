@@ -25,7 +25,6 @@ from weft_attn.kernels.hopper.by_keys import (
     first_edges,
     first_interior,
     multiply_queries,
-    next_edges,
     seen_by,
     weigh,
     write_dk,
@@ -35,7 +34,7 @@ from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import edges_of_part, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile, next_tile_of_walk
 
 # No row: nothing is added. No box may be sent there: the copy engine takes no rows below zero.
 NOWHERE = gl.constexpr(-1)
@@ -240,8 +239,8 @@ def _walk_edges(
             late_row = row
             late_valid = n_valid
             step += 1
-        run, col, left, first, stop, col_stop = next_edges(
-            p, run, col, left, first, stop, col_stop, rows, direction, n_tiles - 1 - tile
+        run, col, left, first, stop, col_stop = next_edge_tile(
+            p.runs_ptr, run, col, left, first, stop, col_stop, rows, direction, n_tiles - 1 - tile, p.BLOCK_Q
         )
     if exchange.IS_LATE:
         _add_last(p, memory, exchange, step, zero, late_row, late_valid, True, CONSUMER)

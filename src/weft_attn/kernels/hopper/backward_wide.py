@@ -24,7 +24,6 @@ from weft_attn.kernels.hopper.by_keys import (
     first_edges,
     first_interior,
     multiply_queries,
-    next_edges,
     seen_by,
     weigh,
     write_dk,
@@ -34,7 +33,7 @@ from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import edges_of_part, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile, next_tile_of_walk
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
@@ -258,8 +257,8 @@ def weigh_and_differentiate(p, memory, exchange):
                         first_head + member, True,
                     )  # fmt: skip
                     step += 1
-                run, col, left, first, stop, col_stop = next_edges(
-                    p, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile
+                run, col, left, first, stop, col_stop = next_edge_tile(
+                    p.runs_ptr, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile, p.BLOCK_Q
                 )
             run = interior_run
             col, left = first_interior(p, schedule, turn, direction)

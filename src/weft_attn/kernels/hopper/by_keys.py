@@ -29,9 +29,9 @@ from weft_attn.kernels.hopper.tiles import (
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.tiles import cap_scores
 from weft_attn.kernels.triton.visibility import (
+    begin_of_walk,
     edges_of_part,
     first_tile_of_walk,
-    interval_in_run,
     interval_in_slice,
     next_tile_of_walk,
 )
@@ -149,7 +149,7 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
 
 @gluon.jit
 def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
-    """The producer: of each item its keys, its edge tiles and its interior tiles, each with all heads of the group by turns.
+    """The producer: of each item its keys, and its tiles in the order of `edges_of_part`, each with all heads of the group by turns.
 
     `LOOKS_AHEAD`: steps are so quick that a short item's successor is to be taken when it begins. Where items share much memory traffic it
     is not: items that are neighbours in the list then begin as far apart as their programs' items differ in length (docs/adr/0030).
@@ -166,10 +166,8 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
         row, edge_run, edge_tiles, interior_run, interior_tiles = load_item(p.items_ptr, item)
         is_short = schedule.is_short(edge_tiles + interior_tiles)
         is_told = 0
-        # Not one condition: what the compiler is told is no tensor.
-        if LOOKS_AHEAD:  # noqa: SIM102
-            if is_short:
-                number = schedule.dealer.take(turn)
+        if LOOKS_AHEAD and is_short:
+            number = schedule.dealer.take(turn)
         for tile in gl.static_range(KEY_TILES):
             memory.k.load(turn * KEY_TILES + tile, p.k_desc, row + tile * ROWS, kv_head * p.stride_kh)
             memory.v.load(turn * KEY_TILES + tile, p.v_desc, row + tile * ROWS, kv_head * p.stride_vh)
@@ -179,11 +177,10 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step = _load_queries(p, memory, step, kv_head, run, tiles, direction)
             step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
-            if LOOKS_AHEAD:  # noqa: SIM102
-                # After the tiles that this turn begins with.
-                if is_short & (step > first_step) & (is_told == 0):
-                    schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
-                    is_told = 1
+            # After the tiles that this turn begins with.
+            if LOOKS_AHEAD and (is_short & (step > first_step) & (is_told == 0)):
+                schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
+                is_told = 1
         if is_told == 0:
             if not (LOOKS_AHEAD and is_short):
                 number = schedule.dealer.take(turn)
@@ -225,26 +222,14 @@ def first_edges(p, schedule, turn, part, rows, direction):
     col, left = schedule.run(turn, EDGES + part)
     row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES + part)
     first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
-    return gl.where(direction < 0, col + (left - 1) * p.BLOCK_Q, col), left, first, stop, col_stop
-
-
-@gluon.jit
-def next_edges(p, run, col, left, first, stop, col_stop, rows, direction, n_more):
-    """The next edge tile, of `n_more` that there are: its run, and as `first_edges` has it. What rows see is asked for once a run."""
-    left -= 1
-    col += direction * p.BLOCK_Q
-    if (left == 0) & (n_more > 0):
-        run += 1
-        col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
-        first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
-    return run, col, left, first, stop, col_stop
+    return begin_of_walk(col, left, direction, p.BLOCK_Q), left, first, stop, col_stop
 
 
 @gluon.jit
 def first_interior(p, schedule, turn, direction):
     """The first interior tile: its column, and tiles left in its run."""
     col, left = schedule.run(turn, INTERIOR)
-    return gl.where(direction < 0, col + (left - 1) * p.BLOCK_Q, col), left
+    return begin_of_walk(col, left, direction, p.BLOCK_Q), left
 
 
 @gluon.jit

@@ -24,8 +24,8 @@ from weft_attn.kernels.triton.visibility import edges_of_part
 SLOTS = gl.constexpr(4)
 # Tiles of an item that is over soon.
 SHORT = gl.constexpr(8)
-# Rows that a turn is told in, each as wide as a row of a table: the number; head and direction; the item's; its first edge run's. A walk by
-# keys has two parts (`edges_of_part`): the first edge run of each, and the first interior run.
+# Rows that a turn is told in, a power of two, each as wide as a row of a table: the number; head and direction; the item's; its first edge
+# run's. A walk by keys has two parts (`edges_of_part`): the first edge run of each, and the first interior run.
 RECORD_ROWS = gl.constexpr(8)
 NUMBER, HEAD, ITEM, EDGES, EDGES_OF_NEXT_PART, INTERIOR = (gl.constexpr(row) for row in range(6))
 # Registers a thread that are left to the producer.
@@ -135,13 +135,13 @@ class Schedule:
 
     @gluon.jit
     def direction_of(self, number, items_ptr):
-        """Producer: which way the number's program walks interior tiles (`direction_of_walk`), in a backward by keys."""
+        """Producer: which way the number's program walks (`direction_of_walk`), in a backward by keys."""
         item, _, wave, round_number = self.locate(number)
         return direction_of_walk(gl.load(items_ptr + item * layout.ITEM_WIDTH + layout.ITEM_WALK), wave, round_number)
 
     @gluon.jit
     def is_short(self, n_tiles):
-        """Producer: whether an item's successor is to be taken when it begins, so that nobody waits for the counter.
+        """Producer, where steps are quick: whether an item's successor is to be taken when it begins, so that nobody waits for the counter.
 
         That of a long one is taken when its last tiles are on their way: a program that holds two long items keeps one from
         another that is free.
@@ -198,7 +198,7 @@ class Schedule:
 
     @gluon.jit
     def direction(self, turn):
-        """Which way a backward by keys walks the item's interior tiles."""
+        """Which way a backward by keys walks the item."""
         return self._read(turn, HEAD, 1)
 
     @gluon.jit

@@ -56,14 +56,20 @@ def first_tile(runs_ptr, run):
 def first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS: tl.constexpr):
     """As `first_tile`, of a walk through the run in a direction: 1 from its first tile, -1 from its last."""
     col, left = first_tile(runs_ptr, run)
-    return tl.where(direction < 0, col + (left - 1) * BLOCK_COLS, col), left
+    return begin_of_walk(col, left, direction, BLOCK_COLS), left
+
+
+@triton.jit
+def begin_of_walk(col, n_tiles, direction, BLOCK_COLS: tl.constexpr):
+    """Where a walk through a run in a direction begins, of a run that begins at `col`."""
+    return tl.where(direction < 0, col + (n_tiles - 1) * BLOCK_COLS, col)
 
 
 @triton.jit
 def edges_of_part(part, direction, edge_run, edge_tiles, late):
     """The edge tiles that a walk by keys visits before the interior ones (part 0) or behind them (part 1): first run and how many.
 
-    Walked up, the early ones come first, walked down the late ones, so that all tiles come by their columns; `late` as in
+    Walked up, the early ones come first, walked down the late ones, so that all tiles of a slice come by their columns; `late` as in
     layout.LATE_TILES.
     """
     late_tiles = late % layout.LATE_TILES
@@ -81,6 +87,18 @@ def next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK_COLS: tl.conste
         run += 1
         col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS)
     return run, col, left
+
+
+@triton.jit
+def next_edge_tile(runs_ptr, run, col, left, first, stop, col_stop, rows, direction, n_more, BLOCK_COLS: tl.constexpr):
+    """As `next_tile_of_walk`, of edge tiles of which there are `n_more`; and what `rows` see (`interval_in_run`), asked for once a run."""
+    left -= 1
+    col += direction * BLOCK_COLS
+    if (left == 0) & (n_more > 0):
+        run += 1
+        col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK_COLS)
+        first, stop, col_stop = interval_in_run(runs_ptr + run * layout.RUN_WIDTH, rows)
+    return run, col, left, first, stop, col_stop
 
 
 @triton.jit
