@@ -246,8 +246,8 @@ def test_a_walk_by_keys_comes_by_a_slices_tiles_in_the_order_of_their_columns(di
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_walk_by_keys_visits_an_items_tiles_each_with_what_its_run_says(name: str) -> None:
-    tables = stream.host_stream(PLANS[name](60), BY_KEYS)
-    for item in tables.items:
+    tables = stream.host_stream(PLANS[name](40), BY_KEYS)
+    for number, item in enumerate(tables.items):
         expected = []
         for run, n_tiles, is_edge in ((item[2], item[3], False), (item[4], item[5], True)):
             for row, at in _tiles(tables.runs, run, n_tiles):
@@ -257,8 +257,8 @@ def test_a_walk_by_keys_visits_an_items_tiles_each_with_what_its_run_says(name: 
                     inside = 0 <= item[0] - row[2] < row[3]
                     seen = (row[4] + first, row[4] + (stop if inside else 0), row[4] + row[5])
                 expected.append((row[0] + 16 * at, *seen))
-        for direction in (1, -1):
-            assert sorted(map(tuple, walked_by_keys(tables, item, direction).tolist())) == sorted(expected)
+        direction = 1 if number % 2 else -1
+        assert sorted(map(tuple, walked_by_keys(tables, item, direction).tolist())) == sorted(expected)
 
 
 def _tiles(runs: np.ndarray, run: int, n_tiles: int) -> list[tuple[np.ndarray, int]]:
