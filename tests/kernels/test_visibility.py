@@ -14,6 +14,7 @@ from weft_attn.kernels.triton.visibility import (
     edges_of_part,
     first_tile,
     first_tile_of_walk,
+    interior_of_part,
     interval_in_run,
     next_edge_tile,
     next_tile,
@@ -93,7 +94,7 @@ def _walk_by_keys_kernel(out_ptr, item_ptr, runs_ptr, direction, BLOCK: tl.const
                 runs_ptr, run, col, left, first, stop, col_stop, rows, direction, n_tiles - 1 - tile, BLOCK
             )
         run = tl.load(item_ptr + layout.ITEM_INTERIOR_RUN)
-        n_tiles = tl.where(part == 0, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES), 0)
+        n_tiles = interior_of_part(part, tl.load(item_ptr + layout.ITEM_INTERIOR_TILES))
         col, left = first_tile_of_walk(runs_ptr, run, direction, BLOCK)
         for _ in range(n_tiles):
             tl.store(out_ptr + 4 * step, col)

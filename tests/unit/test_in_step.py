@@ -19,7 +19,6 @@ from weft_attn.plan.build import concat_lengths
 from weft_attn.plan.in_step import (
     BY_ITEM,
     BY_ROUND,
-    UNEVEN,
     UP_IN_EVEN,
     UP_IN_ODD,
     Grid,
@@ -316,7 +315,8 @@ def test_far_less_is_read_and_programs_end_nearly_as_together(plan: Plan, share:
     before, even = tiles_read(listed(plan, None), heads=8)
     after, still = tiles_read(listed(plan, Grid(PROGRAMS, 8)), heads=8)
     assert after < share * before
-    assert still > even - UNEVEN
+    # Documents of one head a wave end up to 3% later, which is less than what they save (docs/adr/0030).
+    assert still > even - 0.03
 
 
 def test_a_plan_of_no_slices_has_a_list() -> None:

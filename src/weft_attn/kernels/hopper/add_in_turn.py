@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS
-from weft_attn.kernels.triton.visibility import edges_of_part, first_tile_of_walk, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import edges_of_part, first_tile_of_walk, interior_of_part, next_tile_of_walk
 
 
 def turns_shape(heads: int, total_q: int) -> tuple[int, int]:
@@ -107,7 +107,7 @@ def add_in_turn(p, memory, exchange, turns, CONSUMER: gl.constexpr):
         for part in range(2):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step = _add_tiles(p, exchange, turns, step, run, tiles, direction, first_head, first_key, CONSUMER)
-            interior = gl.where(part == 0, interior_tiles, 0)
+            interior = interior_of_part(part, interior_tiles)
             step = _add_tiles(p, exchange, turns, step, interior_run, interior, direction, first_head, first_key, CONSUMER)
         schedule.heard(turn)
         turn += 1

@@ -22,7 +22,7 @@ from weft_attn.kernels.hopper.by_keys import (
     write_dv,
 )
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, product_layout
-from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile
+from weft_attn.kernels.triton.visibility import interior_of_part, next_edge_tile
 
 
 @gluon.jit
@@ -77,8 +77,9 @@ def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
 
         late = schedule.late_edges(turn)
         for part in range(2):
-            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-            col, left, first, stop, col_stop = first_edges(p, schedule, turn, part, rows, direction)
+            run, tiles, col, left, first, stop, col_stop = first_edges(
+                p, schedule, turn, part, rows, direction, edge_run, edge_tiles, late
+            )
             for tile in range(tiles):
                 for _member in range(p.GROUP):
                     memory.slots.wait(step)
@@ -89,7 +90,7 @@ def consume_for_dkdv(p, memory, agreement, CONSUMER: gl.constexpr):
                 run, col, left, first, stop, col_stop = next_edge_tile(
                     p.runs_ptr, run, col, left, first, stop, col_stop, rows, direction, tiles - 1 - tile, p.BLOCK_Q
                 )
-            for _ in range(gl.where(part == 0, interior_tiles * p.GROUP, 0)):
+            for _ in range(interior_of_part(part, interior_tiles * p.GROUP)):
                 memory.slots.wait(step)
                 zero = zero * 3
                 dk_acc, dv_acc = _accumulate_tile(p, memory, step, CONSUMER + zero, dk_acc, dv_acc, rows, rows, 0, False)

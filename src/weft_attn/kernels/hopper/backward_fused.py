@@ -34,7 +34,7 @@ from weft_attn.kernels.hopper.channel import make_tiles
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, as_operand, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import interior_of_part, next_edge_tile, next_tile_of_walk
 
 # No row: nothing is added. No box may be sent there: the copy engine takes no rows below zero.
 NOWHERE = gl.constexpr(-1)
@@ -220,10 +220,12 @@ def _accumulate_tile(
 @gluon.jit
 def _walk_edges(
     p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows, first_head,
-    turn, part, run, n_tiles, direction, CONSUMER: gl.constexpr,
+    turn, part, direction, edge_run, edge_tiles, late, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """The edge tiles of a part."""
-    col, left, first, stop, col_stop = first_edges(p, memory.schedule, turn, part, rows, direction)
+    run, n_tiles, col, left, first, stop, col_stop = first_edges(
+        p, memory.schedule, turn, part, rows, direction, edge_run, edge_tiles, late
+    )
     late_row = NOWHERE
     late_valid = 0
     for tile in range(n_tiles):
@@ -311,14 +313,13 @@ def consume_for_all(p, memory, agreement, exchange, CONSUMER: gl.constexpr):
 
         late = schedule.late_edges(turn)
         for part in range(2):
-            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step, cleaned, zero, scores, dk_acc, dv_acc = _walk_edges(
                 p, memory, agreement, exchange, step, last_step, cleaned, zero, scores, dk_acc, dv_acc, rows,
-                first_head, turn, part, run, tiles, direction, CONSUMER,
+                first_head, turn, part, direction, edge_run, edge_tiles, late, CONSUMER,
             )  # fmt: skip
             step, zero, scores, dk_acc, dv_acc = _walk_interior(
                 p, memory, exchange, step, last_step, zero, scores, dk_acc, dv_acc, rows, first_head,
-                turn, interior_run, gl.where(part == 0, interior_tiles, 0), direction, CONSUMER,
+                turn, interior_run, interior_of_part(part, interior_tiles), direction, CONSUMER,
             )  # fmt: skip
 
         memory.k.release(kv_step)

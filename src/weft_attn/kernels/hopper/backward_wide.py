@@ -33,7 +33,7 @@ from weft_attn.kernels.hopper.channel import Ring, make_slots
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton.finish_dq import exchange_pairs
-from weft_attn.kernels.triton.visibility import edges_of_part, next_edge_tile, next_tile_of_walk
+from weft_attn.kernels.triton.visibility import interior_of_part, next_edge_tile, next_tile_of_walk
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
@@ -246,8 +246,9 @@ def weigh_and_differentiate(p, memory, exchange):
         first_head = kv_head * p.GROUP
         late = schedule.late_edges(turn)
         for part in range(2):
-            run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-            col, left, first, stop, col_stop = first_edges(p, schedule, turn, part, rows, direction)
+            run, tiles, col, left, first, stop, col_stop = first_edges(
+                p, schedule, turn, part, rows, direction, edge_run, edge_tiles, late
+            )
             for tile in range(tiles):
                 for member in range(p.GROUP):
                     zero = zero * 3
@@ -262,7 +263,7 @@ def weigh_and_differentiate(p, memory, exchange):
                 )
             run = interior_run
             col, left = first_interior(p, schedule, turn, direction)
-            for _ in range(gl.where(part == 0, interior_tiles, 0)):
+            for _ in range(interior_of_part(part, interior_tiles)):
                 for member in range(p.GROUP):
                     zero = zero * 3
                     scores = _weigh_tile(

@@ -32,6 +32,7 @@ from weft_attn.kernels.triton.visibility import (
     begin_of_walk,
     edges_of_part,
     first_tile_of_walk,
+    interior_of_part,
     interval_in_slice,
     next_tile_of_walk,
 )
@@ -176,7 +177,7 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
         for part in range(2):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
             step = _load_queries(p, memory, step, kv_head, run, tiles, direction)
-            step = _load_queries(p, memory, step, kv_head, interior_run, gl.where(part == 0, interior_tiles, 0), direction)
+            step = _load_queries(p, memory, step, kv_head, interior_run, interior_of_part(part, interior_tiles), direction)
             # After the tiles that this turn begins with.
             if LOOKS_AHEAD and (is_short & (step > first_step) & (is_told == 0)):
                 schedule.tell(turn + 1, number, p.items_ptr, p.runs_ptr, True)
@@ -217,12 +218,15 @@ def make_memory(
 
 
 @gluon.jit
-def first_edges(p, schedule, turn, part, rows, direction):
-    """The first edge tile of a part: its column, tiles left in its run, and what its `rows` see (`interval_in_run`)."""
+def first_edges(p, schedule, turn, part, rows, direction, edge_run, edge_tiles, late):
+    """A part's edge tiles (`edges_of_part`): the first one's run, how many, its column, tiles left in its run, and what its `rows` see
+    (`interval_in_run`).
+    """
+    run, n_tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
     col, left = schedule.run(turn, EDGES + part)
     row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES + part)
     first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
-    return begin_of_walk(col, left, direction, p.BLOCK_Q), left, first, stop, col_stop
+    return run, n_tiles, begin_of_walk(col, left, direction, p.BLOCK_Q), left, first, stop, col_stop
 
 
 @gluon.jit

@@ -79,6 +79,12 @@ def edges_of_part(part, direction, edge_run, edge_tiles, late):
 
 
 @triton.jit
+def interior_of_part(part, interior_tiles):
+    """How many interior tiles a walk by keys visits behind a part's edge tiles: all in part 0."""
+    return tl.where(part == 0, interior_tiles, 0)
+
+
+@triton.jit
 def next_tile_of_walk(runs_ptr, run, col, left, direction, BLOCK_COLS: tl.constexpr):
     """As `next_tile`, runs in their order and each in the direction. With a branch: for loops that wait for all they began in every step."""
     left -= 1
