@@ -266,7 +266,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             step += 1
 
         dq_ptr = p.dq_ptr + head.to(gl.int64) * p.stride_dqh
-        write_rows(dq_ptr, p.stride_dqt, dq_acc * p.softmax_scale, first_row, n_rows, acc_layout)
+        write_rows(dq_ptr, p.stride_dqt, dq_acc * p.softmax_scale, first_row, n_rows)
         schedule.heard(turn)
         turn += 1
         schedule.hear(turn)

@@ -289,11 +289,11 @@ def seen_by(p, first, stop, col):
 def write_dk(p, kv_head, first_column, dk_acc, first_row, n_rows):
     """Write columns of the dK of 64 keys at most, given without its scale."""
     dk_ptr = p.dk_ptr + kv_head.to(gl.int64) * p.stride_dkh + first_column
-    write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows, product_layout(dk_acc.shape[1]))
+    write_rows(dk_ptr, p.stride_dkt, dk_acc * p.softmax_scale, first_row, n_rows)
 
 
 @gluon.jit
 def write_dv(p, kv_head, first_column, dv_acc, first_row, n_rows):
     """Write columns of the dV of 64 keys at most."""
     dv_ptr = p.dv_ptr + kv_head.to(gl.int64) * p.stride_dvh + first_column
-    write_rows(dv_ptr, p.stride_dvt, dv_acc, first_row, n_rows, product_layout(dv_acc.shape[1]))
+    write_rows(dv_ptr, p.stride_dvt, dv_acc, first_row, n_rows)

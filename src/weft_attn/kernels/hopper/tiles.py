@@ -209,10 +209,33 @@ def load_keys_and_values(p, memory, step, kv_head, run, n_tiles):
     return step
 
 
+@gluon.constexpr_function
+def _by_neighbours(columns, width):
+    """How a warp group holds a (64, columns) tile so that a thread has `width` neighbours of a row, 4 or 8.
+
+    A row stays with the four lanes that hold it as a product, where each has two neighbours of every eight columns.
+    """
+    bits = [1 << i for i in range(columns.bit_length() - 1)]
+    lanes = [8, 4] if width == 4 else [8, 16]
+    values = [[0, bit] for bit in bits if bit < width] + [[8, 0]] + [[0, bit] for bit in bits if bit >= width and bit not in lanes]
+    return gl.DistributedLinearLayout(
+        values, [[0, bit] for bit in lanes] + [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, columns]
+    )
+
+
 @gluon.jit
-def write_rows(ptr, stride_row, tile, first_row, n_rows, product: gl.constexpr):
-    """Write the first n_rows rows of a (64, columns) product in the dtype of `ptr`, which points at the tensor's row 0."""
-    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, product))
-    columns = gl.arange(0, tile.shape[1], gl.SliceLayout(0, product))
+def write_rows(ptr, stride_row, tile, first_row, n_rows):
+    """Write the first n_rows rows of a (64, columns) product in the dtype of `ptr`, which points at the tensor's row 0, 16 bytes a thread.
+
+    As products hold a row, a thread would write two columns at a time, in four times as many stores, of half a sector each. Lanes
+    exchange one bit of the column at a time: then they do it by shuffles, and both at once would take shared memory.
+    """
+    IS_WIDE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
+    values = gl.convert_layout(tile, _by_neighbours(tile.shape[1], 4)).to(ptr.dtype.element_ty)
+    neighbours: gl.constexpr = _by_neighbours(tile.shape[1], 4 if IS_WIDE else 8)
+    if not IS_WIDE:
+        values = gl.convert_layout(values, neighbours)
+    rows = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, neighbours))
+    columns = gl.arange(0, tile.shape[1], gl.SliceLayout(0, neighbours))
     offsets = rows.to(gl.int64)[:, None] * stride_row + columns[None, :]
-    gl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=(rows < first_row + n_rows)[:, None])
+    gl.store(ptr + offsets, values, mask=(rows < first_row + n_rows)[:, None])
