@@ -28,7 +28,7 @@ from weft_attn.bench import (
     timing,
 )
 from weft_attn.bench.cases import Model
-from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks
+from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks, milliseconds_between
 from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT, Grouping
 from weft_attn.bench.measured_rates import rates_of
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
@@ -38,6 +38,7 @@ from weft_attn.distributed import gathered
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.errors import InvalidInput, Unsupported
+from weft_attn.ops import Backward
 from weft_attn.reference import reference_attention
 from weft_attn.testing.ranks import run_ranks
 
@@ -119,6 +120,19 @@ def test_what_no_launch_hides_is_that_of_the_rank_that_waits_for_nobody():
     assert first == second
     assert 29.9 < first < 59
     assert launches == 2
+
+
+def test_a_backwards_launches_are_seen_in_all_of_their_parts():
+    with (
+        mock.patch.object(gathered, "begin_backward", return_value=Backward(lambda: time.sleep(0.02), lambda: "dsinks")),
+        group_ways.watched_launches(CPU) as launches,
+    ):
+        begun = gathered.begin_backward()
+        begun.multiply()
+        assert begun.finish() == "dsinks"
+    lengths = [milliseconds_between(*launch) for launch in launches]
+    assert len(lengths) == 3
+    assert lengths[1] > 19.9 > max(lengths[0], lengths[2])
 
 
 # ---- a workload -----------------------------------------------------------------------------------------------------------
@@ -418,9 +432,10 @@ def test_communication_alone_sends_what_the_whole_sends_in_the_same_order():
 
 
 def test_kernels_come_back_after_communication_alone():
+    own = (gathered.attention_into, gathered.begin_backward)
     with group_ways.without_kernels():
-        assert group_ways.gathered.attention_into is group_ways.gathered.attention_backward_into
-    assert group_ways.gathered.attention_into is not group_ways.gathered.attention_backward_into
+        assert (gathered.attention_into, gathered.begin_backward) != own
+    assert (gathered.attention_into, gathered.begin_backward) == own
 
 
 def measured_links(rank: int, world_size: int) -> list[tuple[str, int, bool, bool]]:

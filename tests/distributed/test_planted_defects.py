@@ -76,7 +76,7 @@ def forward_and_backward(change: Callable[[dict[str, Any]], None], *, forward: b
     @contextmanager
     def planted() -> Iterator[None]:
         one = around(gathered, "attention_into", changed(forward_names)) if forward else nullcontext
-        other = around(gathered, "attention_backward_into", changed(backward_names)) if backward else nullcontext
+        other = around(gathered, "begin_backward", changed(backward_names)) if backward else nullcontext
         with one(), other():
             yield
 
@@ -113,13 +113,12 @@ def previous_groups_keys(original: Any, self: Any, group: int) -> Any:
     return tuple(x[:, : k.shape[1]] for x in before)
 
 
-def gathered_before_it_is_read(original: Any, self: Any, group: int) -> Any:
-    views = original(self, group)
+def gathered_before_it_is_read(original: Any, self: Any, group: int) -> None:
+    original(self, group)
     early = group + len(self.turns.memory)
     self.start(early)
     if early in self.pending:
         self.pending[early].wait()
-    return views
 
 
 def without_the_last_group(*given: Any) -> Groups:
@@ -127,11 +126,11 @@ def without_the_last_group(*given: Any) -> Groups:
     return Groups(*(replace(one, attention=one.attention[:-1]) for one in (groups.forward, groups.backward)))
 
 
-def sums_of_a_group_late(original: Any, self: Any, group: int) -> Any:
+def sums_of_a_group_late(original: Any, self: Any, group: int) -> None:
     at = self.groups.reduce_of(group)
     if at >= len(self.partial.memory):
         self.pending.pop(at - len(self.partial.memory)).wait()
-    return original(self, group)
+    original(self, group)
 
 
 def reduce_in_bfloat16(original: Any, self: Any, k: Any, v: Any, call: Any) -> None:
@@ -166,8 +165,8 @@ DEFECTS: dict[str, Defect] = {
         ShardedBatch, "plan", lambda original, self, causal, window: original(self, causal, (None, None))
     ),
     "plan: causal dropped": around(ShardedBatch, "plan", lambda original, self, causal, window: original(self, False, window)),
-    "gather: another group's buffer is read": around(gathered._Gather, "take", previous_groups_keys),
-    "gather: a later group overwrites this one": around(gathered._Gather, "take", gathered_before_it_is_read),
+    "gather: another group's buffer is read": around(gathered._Gather, "views", previous_groups_keys),
+    "gather: a later group overwrites this one": around(gathered._Gather, "wait", gathered_before_it_is_read),
     "gather: kept keys are overwritten": around(
         gathered._Gather,
         "__init__",
@@ -175,7 +174,9 @@ DEFECTS: dict[str, Defect] = {
     ),
     "gather: other ranks' keys never come": attribute(Ranks, "all_gather", lambda self, buffer: Done()),
     "gather: the last head group is missing": attribute(context_parallel, "head_groups", without_the_last_group),
-    "gradients: sums overwritten before they are put with the others": around(gathered._Reduce, "take", sums_of_a_group_late),
+    "gradients: sums overwritten before they are put with the others": around(
+        gathered._Reduce, "make_room", sums_of_a_group_late
+    ),
     "gradients summed in bfloat16": around(gathered._Reduce, "__init__", reduce_in_bfloat16),
     "gradients: those of another rank": around(
         Ranks, "reduce_scatter", lambda original, self, output, buffer: original(self, output, buffer.roll(len(output), 0))

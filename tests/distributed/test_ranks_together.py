@@ -74,14 +74,19 @@ def logged_work(case: ParallelCase) -> list[str]:
 
         return call
 
+    begin = gathered.begin_backward
+
+    def begin_logged(*args: Any) -> Any:
+        log.append("begin")
+        begun = begin(*args)
+        return type(begun)(logged("differentiate", begun.multiply, False), logged("finish", begun.finish, False))
+
     with (
         mock.patch.object(Ranks, "all_gather", logged("gather", Ranks.all_gather, True)),
         mock.patch.object(Ranks, "reduce_scatter", logged("reduce", Ranks.reduce_scatter, True)),
         mock.patch.object(Ranks, "let_start", logged("head start", Ranks.let_start, False)),
         mock.patch.object(gathered, "attention_into", logged("attend", gathered.attention_into, False)),
-        mock.patch.object(
-            gathered, "attention_backward_into", logged("differentiate", gathered.attention_backward_into, False)
-        ),
+        mock.patch.object(gathered, "begin_backward", begin_logged),
         case.grouped(),
     ):
         attention(cp, *local_tensors(cp)).sum().backward()
@@ -448,8 +453,15 @@ def answers() -> list[dict[str, Any]]:
 
 
 def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
-    """Every buffer is gathered into at once and again when its group is done with; sums come as late as their buffer is wanted."""
+    """Every buffer is gathered into at once and again when its group is done with; sums come as late as their buffer is wanted.
+
+    Where all have buffers, what is before keys comes before the first gather is waited for, and what dq needs after them beside the
+    last reduce-scatter.
+    """
     log, started, summed = ["gather"] * buffers, buffers, 0
+    at_once = backward and groups == buffers
+    if at_once:
+        log += ["begin"] * groups
     for group in range(groups):
         if group > 0 and started < groups:
             log.append("gather")
@@ -460,9 +472,13 @@ def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
         if group >= buffers and backward:
             log.append("reduce done")
             summed += 1
-        log += ["differentiate", "reduce"] if backward else ["attend"]
-        if backward and group + 1 < groups:
-            log.append("head start")
+        if backward and not at_once:
+            log.append("begin")
+        log += ["differentiate", "reduce", "head start"] if backward else ["attend"]
+        if backward and not at_once:
+            log.append("finish")
+    if at_once:
+        log += ["finish"] * groups
     return log + ["reduce done"] * (groups - summed if backward else 0)
 
 
@@ -470,8 +486,8 @@ def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]])
     in_turn = expected_work(4, 2, backward=False) + expected_work(4, 2, backward=True)
     uneven = expected_work(2, 2, backward=False) + expected_work(3, 3, backward=True)
     merged = ["gather", "gather", "gather done", "head start", "attend", "gather done", "attend"]
-    merged += ["gather", "gather", "gather done", "head start", "differentiate", "gather done", "differentiate", "reduce"]
-    merged += ["head start", "differentiate", "reduce", "reduce done", "reduce done"]
+    merged += ["gather", "gather", *["begin"] * 3, "gather done", "head start", "differentiate", "gather done", "differentiate"]
+    merged += ["reduce", "head start", "differentiate", "reduce", "head start", *["finish"] * 3, "reduce done", "reduce done"]
     for answer in answers:
         assert answer["order_of_work"] == [in_turn, uneven, merged]
 

@@ -311,7 +311,7 @@ def test_warm_launches_are_replayed() -> None:
     x = make_inputs(replace(MAIN, heads=8), plan, DEVICE)
     for _ in range(2):
         evaluate(ours(MAIN, plan), x)
-    steps = [step for recipe in plan._recipes.values() for step in recipe.steps]
+    steps = [step for recipe in plan._recipes.values() for step in (*recipe.before, *recipe.steps, *recipe.after)]
     assert len(steps) >= 2
     if torch.version.cuda is not None:
         assert all(step._bound._replay is not None for step in steps)

@@ -15,7 +15,7 @@ from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
-from weft_attn.ops import attention_backward_into, attention_into
+from weft_attn.ops import attention_backward_into, attention_into, begin_backward
 from weft_attn.plan import in_turn
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
@@ -116,6 +116,33 @@ def test_a_backward_over_some_heads_of_its_tensors_is_that_of_the_heads_alone(di
                 found.append(gradients)
         for one, other, sums_vary in zip(*found, (not deterministic, False, False), strict=True):
             torch.testing.assert_close(other, one, **(dict(rtol=2e-2, atol=2e-3) if sums_vary else dict(rtol=0, atol=0)))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_backward_begins_before_its_keys_are_there(dim: int, deterministic: bool) -> None:
+    """As over several ranks: until `multiply`, k, v, dk and dv may hold anything; once it is done, dk and dv leave."""
+    case = replace(MAIN, plan="packed_unequal", head_dim=dim)
+    plan = case.make_plan()
+    x = make_inputs(case, plan, DEVICE)
+    scalars = (plan, dim**-0.5, 0.0, deterministic)
+    with override(*rows_of(case, deterministic=deterministic)):
+        out, lse = torch.empty_like(x.q), torch.empty(case.heads, plan.total_q, device=DEVICE)
+        attention_into(x.q, x.k, x.v, None, *scalars, out, lse)
+        once, later = ([torch.full_like(y, math.nan) for y in (x.q, x.k, x.v)] for _ in range(2))
+        attention_backward_into(x.dout, x.dlse, x.q, x.k, x.v, None, out, lse, *scalars, *once)
+        k, v = torch.full_like(x.k, math.nan), torch.full_like(x.v, math.nan)
+        # Two at a time, as of two groups of heads: each has memory of its own between its launches.
+        backwards = [begin_backward(x.dout, x.dlse, x.q, k, v, None, out, lse, *scalars, *later) for _ in range(2)]
+        assert all(gradient.isnan().all() for gradient in later[1:])
+        k.copy_(x.k)
+        v.copy_(x.v)
+        backwards[0].multiply()
+        dk, dv = (gradient.clone() for gradient in later[1:])
+        backwards[1].multiply()
+        backwards[0].finish()
+    for one, other, sums_vary in zip(once, (later[0], dk, dv), (not deterministic, False, False), strict=True):
+        torch.testing.assert_close(other, one, **(dict(rtol=2e-2, atol=2e-3) if sums_vary else dict(rtol=0, atol=0)))
 
 
 # Tensors without rows cannot be described to the copy engine: such calls are the portable kernels'.

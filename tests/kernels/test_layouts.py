@@ -10,7 +10,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, ForwardConfig, override
-from weft_attn.ops import attention_backward_into, attention_into
+from weft_attn.ops import attention_backward_into, attention_into, begin_backward
 from weft_attn.testing.cases import Case, Inputs, make_inputs
 from weft_attn.testing.compare import Attention, assert_matches_oracle, evaluate
 
@@ -196,3 +196,30 @@ def test_results_go_to_tensors_of_any_strides(odd: str) -> None:
         written.append(made)
     for name in written[0]:
         assert torch.equal(written[0][name], written[1][name]), name
+
+
+def test_a_backward_begins_before_its_keys_are_there() -> None:
+    """As over several ranks: until `multiply`, k, v, dk and dv may hold anything, and dk and dv are not written."""
+    plan = CASE.make_plan()
+    x = make_inputs(CASE, plan)
+    scalars = (plan, CASE.head_dim**-0.5, 0.0, True)
+    out, lse = torch.empty_like(x.dout), torch.empty(x.q.shape[1], x.q.shape[0])
+    with override(*TILES):
+        attention_into(x.q, x.k, x.v, x.sinks, *scalars, out, lse)
+        once, later = ([torch.full_like(y, float("nan")) for y in (x.q, x.k, x.v)] for _ in range(2))
+        dsinks = attention_backward_into(x.dout, None, x.q, x.k, x.v, x.sinks, out, lse, *scalars, *once)
+        k, v = torch.full_like(x.k, float("nan")), torch.full_like(x.v, float("nan"))
+        backward = begin_backward(x.dout, None, x.q, k, v, x.sinks, out, lse, *scalars, *later)
+        assert all(gradient.isnan().all() for gradient in later[1:])
+        k.copy_(x.k)
+        v.copy_(x.v)
+        backward.multiply()
+        # They may leave now.
+        dk, dv = (gradient.clone() for gradient in later[1:])
+        for gradient in later[1:]:
+            gradient.fill_(float("nan"))
+        found = backward.finish()
+    for one, other in zip(once, (later[0], dk, dv), strict=True):
+        assert torch.equal(one, other)
+    assert (dsinks is None) == (found is None)
+    assert dsinks is None or torch.equal(dsinks, found)

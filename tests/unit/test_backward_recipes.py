@@ -41,7 +41,7 @@ def calls(
     recipe = execute._backward_recipe(plan, tensors, 1.0, 0.0, False)
     tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in recipe.scratch.items()}
     tensors["counter"] = torch.zeros(2, dtype=torch.int32)
-    return [step._make(tensors) for step in recipe.steps], tensors
+    return [step._make(tensors) for step in (*recipe.before, *recipe.steps, *recipe.after)], tensors
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, lengths: list[int], **options: Any) -> list[str]:

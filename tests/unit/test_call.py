@@ -11,7 +11,7 @@ import torch
 
 import weft_attn as weft
 from weft_attn.kernels.call import KernelCall, tensor_descriptor
-from weft_attn.ops.recipes import MAX_RECIPES, Step
+from weft_attn.ops.recipes import MAX_RECIPES, Run, Step
 
 
 class CompiledStub:
@@ -112,8 +112,10 @@ def test_tensors_that_lie_otherwise_and_other_scalars_have_a_recipe_of_their_own
     made: list[tuple[Any, ...]] = []
 
     class RecipeStub:
-        def run(self, given: Any, addresses: Any, device: torch.device) -> Any:
-            return given
+        steps = ()
+
+        def begin(self, tensors: Any, addresses: Any, device: torch.device) -> Run:
+            return Run(self, tensors, addresses, device, 0)  # type: ignore[arg-type]
 
     monkeypatch.setattr("weft_attn.ops.execute.runs_reference", lambda device: False)
     monkeypatch.setattr("weft_attn.ops.execute._forward_recipe", lambda *a: made.append(a) or RecipeStub())
@@ -140,8 +142,10 @@ def test_tensors_that_lie_otherwise_and_other_scalars_have_a_recipe_of_their_own
 
 def test_recipes_of_a_plan_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     class RecipeStub:
-        def run(self, given: Any, addresses: Any, device: torch.device) -> Any:
-            return given
+        steps = ()
+
+        def begin(self, tensors: Any, addresses: Any, device: torch.device) -> Run:
+            return Run(self, tensors, addresses, device, 0)  # type: ignore[arg-type]
 
     monkeypatch.setattr("weft_attn.ops.execute.runs_reference", lambda device: False)
     monkeypatch.setattr("weft_attn.ops.execute._forward_recipe", lambda *a: RecipeStub())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from weft_attn.distributed import gathered
 from weft_attn.distributed.groups import Groups, Pass, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.errors import require
+from weft_attn.ops import Backward
 from weft_attn.testing.compare import Budget
 
 WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft: kernels", "weft: communication", "ideal"
@@ -195,7 +197,7 @@ def weft_ways(
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Inside, context parallelism does everything but compute."""
-    return _exchanged(gathered, attention_into=_nothing, attention_backward_into=_nothing)
+    return _exchanged(gathered, attention_into=_nothing, begin_backward=_begin_nothing)
 
 
 @contextlib.contextmanager
@@ -203,17 +205,21 @@ def watched_launches(device: torch.device) -> Iterator[list[tuple[Moment, Moment
     """Inside, the attention launches of context parallelism on this rank are noted: when each began and ended."""
     seen: list[tuple[Moment, Moment]] = []
 
-    def watched(attend: Callable[..., object]) -> Callable[..., object]:
-        def run(*arguments: object, **options: object) -> object:
+    def watched(launch: Callable[..., object]) -> Callable[..., Any]:
+        def run(*arguments: object) -> object:
             first = now(device)
-            result = attend(*arguments, **options)
+            result = launch(*arguments)
             seen.append((first, now(device)))
             return result
 
         return run
 
-    launches = {name: watched(getattr(gathered, name)) for name in ("attention_into", "attention_backward_into")}
-    with _exchanged(gathered, **launches):
+    attend, begin = (watched(getattr(gathered, name)) for name in ("attention_into", "begin_backward"))
+
+    def begin_watched(*arguments: object) -> Backward:
+        return Backward(*map(watched, begin(*arguments)))
+
+    with _exchanged(gathered, attention_into=attend, begin_backward=begin_watched):
         yield seen
 
 
@@ -250,8 +256,12 @@ def gathered_keys_and_values(batch: ShardedBatch, whole: Tensors) -> tuple[torch
     return gathered.keys_beside_values(buffer, whole.k.shape[2], whole.v.shape[2])
 
 
-def _nothing(*_arguments: object, **_options: object) -> None:
+def _nothing(*_arguments: object) -> None:
     pass
+
+
+def _begin_nothing(*_arguments: object) -> Backward:
+    return Backward(_nothing, _nothing)
 
 
 def _only(result: object) -> torch.Tensor:

@@ -3,14 +3,17 @@
     forward     gather later heads  |  attention on a group
     backward    gather later heads  |  gradients of a group  |  reduce-scatter earlier ones
 
+What a backward needs before keys and what its dq needs after them (`begin_backward`) run beside its first gather and its last
+reduce-scatter, which nothing else hides.
+
 K lies beside V in one buffer (W * rank_stride, G * (D + Dv)) for the G heads of a collective, in place. Attention reads both as strided
 views of it, in rank order: nothing is copied or reordered. Rows between a rank's last and its stride are padding: they hold
 whatever memory held, and no slice of the plan reaches them.
 
 Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention. A collective
 that becomes ready while an attention runs waits for its multiprocessors, so the second gather gets a head start before the first
-attention, and a reduce-scatter before the next group's. Otherwise two buffers take turns. Which heads are attended to together,
-gathered and reduced: groups.py.
+attention, and a reduce-scatter before what follows it. Otherwise two buffers take turns, and memory between a backward's launches is of one
+group at a time. Which heads are attended to together, gathered and reduced: groups.py.
 
 On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
 what is queued after its `wait` starts after it.
@@ -26,7 +29,7 @@ import torch
 from weft_attn.distributed.collectives import Pending, Ranks
 from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.errors import Unsupported
-from weft_attn.ops import attention_backward_into, attention_into
+from weft_attn.ops import Backward, attention_into, begin_backward
 from weft_attn.plan.slices import Plan
 
 
@@ -130,8 +133,8 @@ class _Gather:
                 place[: len(x)].copy_(x[:, self.groups.gathers[at]])
             self.pending[at] = self.call.ranks.all_gather(buffer)
 
-    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A group's keys and values; starts the gather whose turn it is to have the buffer of the group before.
+    def wait(self, group: int) -> None:
+        """Until a group's keys and values are there; starts the gather whose turn it is to have the buffer of the group before.
 
         Buffers take turns by groups: where gathers are of several groups, each has its own, and none is left to start.
         """
@@ -142,6 +145,10 @@ class _Gather:
             self.pending.pop(at).wait()
             if self.pending and at == 0:
                 self.call.ranks.let_start(self.k.device)
+
+    def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group's keys and values are once they are waited for."""
+        at = self.groups.gather_of(group)
         return heads_within(self.turns.views(at), self.groups.gathers[at], self.groups.attention[group])
 
 
@@ -151,7 +158,10 @@ class _Kept:
     def __init__(self, buffers: list[torch.Tensor], dims: tuple[int, int], groups: Pass) -> None:
         self.buffers, self.dims, self.groups = buffers, dims, groups
 
-    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def wait(self, group: int) -> None:
+        """They are there."""
+
+    def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         at = self.groups.gather_of(group)
         views = keys_beside_values(self.buffers[at], *self.dims)
         return heads_within(views, self.groups.gathers[at], self.groups.attention[group])
@@ -168,10 +178,13 @@ class _Reduce:
         self.sums = _Turns(stride, k, v, *turns)
         self.pending: dict[int, Pending] = {}
 
-    def take(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a group's dK and dV of all ranks' keys go; finishes the reduce-scatter that had the buffer before."""
+    def make_room(self, group: int) -> None:
+        """Finish the reduce-scatter that had a group's buffer before."""
+        self.finish(self.groups.reduce_of(group) - len(self.partial.memory))
+
+    def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a group's dK and dV of all ranks' keys go."""
         at = self.groups.reduce_of(group)
-        self.finish(at - len(self.partial.memory))
         return heads_within(self.partial.views(at), self.groups.reduces[at], self.groups.attention[group])
 
     def start(self, group: int) -> None:
@@ -179,8 +192,8 @@ class _Reduce:
         if self.groups.ends_reduce(group):
             at = self.groups.reduce_of(group)
             self.pending[at] = self.call.ranks.reduce_scatter(self.sums.buffer(at), self.partial.buffer(at))
-            if group + 1 < len(self.groups.attention):
-                self.call.ranks.let_start(self.dk.device)
+            # Before the next group's launch, or the end of dq.
+            self.call.ranks.let_start(self.dk.device)
 
     def finish(self, at: int) -> None:
         """Wait for the sums of this number, if they are under way, and put them with those of the other heads."""
@@ -204,12 +217,11 @@ class _GatheredAttention(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
         for group, heads in enumerate(groups.attention):
-            k_all, v_all = gather.take(group)
+            gather.wait(group)
             queries = query_heads(heads, share)
             attention_into(
                 q[:, queries],
-                k_all,
-                v_all,
+                *gather.views(group),
                 None if sinks is None else sinks[queries],
                 call.plan,
                 call.softmax_scale,
@@ -245,16 +257,14 @@ class _GatheredAttention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         dq = q.new_empty(q.shape) if needs_q else None
         dsinks = torch.empty_like(sinks) if needs_sinks else None
-        for group, heads in enumerate(groups.attention):
-            k_all, v_all = source.take(group)
-            queries = query_heads(heads, share)
-            dk_all, dv_all = (None, None) if reduce is None else reduce.take(group)
-            sinks_part = attention_backward_into(
+
+        def begin(group: int) -> Backward:
+            queries = query_heads(groups.attention[group], share)
+            return begin_backward(
                 dout[:, queries],
                 None if dlse is None else dlse[queries],
                 q[:, queries],
-                k_all,
-                v_all,
+                *source.views(group),
                 None if sinks is None else sinks[queries],
                 out[:, queries],
                 lse[queries],
@@ -263,13 +273,29 @@ class _GatheredAttention(torch.autograd.Function):
                 call.softcap,
                 call.deterministic,
                 None if dq is None else dq[:, queries],
-                dk_all,
-                dv_all,
+                *((None, None) if reduce is None else reduce.views(group)),
             )
+
+        def finish(group: int, backward: Backward) -> None:
+            sinks_part = backward.finish()
             if dsinks is not None and sinks_part is not None:
-                dsinks[queries] = sinks_part
+                dsinks[query_heads(groups.attention[group], share)] = sinks_part
+
+        at_once = call.in_turn is None
+        begun = {group: begin(group) for group in range(len(groups.attention)) if at_once}
+        for group in range(len(groups.attention)):
+            source.wait(group)
+            if reduce is not None:
+                reduce.make_room(group)
+            if not at_once:
+                begun[group] = begin(group)
+            begun[group].multiply()
             if reduce is not None:
                 reduce.start(group)
+            if not at_once:
+                finish(group, begun.pop(group))
+        for group, backward in begun.items():
+            finish(group, backward)
         if reduce is not None:
             # As late as that, so that the sums over ranks run beside the gradients of the groups that follow.
             for at in range(len(groups.reduces)):

@@ -15,7 +15,8 @@ BUFFERS_IN_TURN = 2
 @dataclass(frozen=True)
 class Memory:
     """Bytes that context parallelism takes on a rank beyond the rank's own tensors, and beyond what a kernel takes while it runs: row
-    statistics, and where a backward adds dq up (`weft.attention`) 4 * S * D for each query head of a group.
+    statistics, and where a backward adds dq up (`weft.attention`) 4 * S * D for each query head: all of them, or where buffers take turns
+    those of a group.
 
     With W ranks, S rows of the largest rank, H heads held at a time, E = D + Dv and bytes e of an element of K, r of a gradient:
 

@@ -1,9 +1,11 @@
 """The one place where launch meets kernels: operators with fakes and autograd (operators.py) over what runs (execute.py)."""
 
 from weft_attn.ops.execute import (
+    Backward,
     attention_backward_into,
     attention_into,
     backward_problem,
+    begin_backward,
     is_deterministic,
     kernels_interpreted,
     prepare_forward,
@@ -13,10 +15,12 @@ from weft_attn.ops.execute import (
 from weft_attn.ops.operators import attention_forward
 
 __all__ = [
+    "Backward",
     "attention_backward_into",
     "attention_forward",
     "attention_into",
     "backward_problem",
+    "begin_backward",
     "is_deterministic",
     "kernels_interpreted",
     "prepare_forward",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from weft_attn.launch.select import (
     select_in_turn,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
-from weft_attn.ops.recipes import Counter, Recipe, Scratch, Step, Tensors, run_recipe
+from weft_attn.ops.recipes import Counter, Recipe, Scratch, Step, Tensors, begin_recipe
 from weft_attn.plan.in_step import Grid
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -174,7 +174,8 @@ def attention_into(
     def make() -> Recipe:
         return _forward_recipe(plan, tensors, softmax_scale, softcap)
 
-    run_recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make)
+    run = begin_recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make)
+    run.launch(run.recipe.steps)
 
 
 def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:
@@ -293,7 +294,19 @@ def prepare_backward(
     return PreparedBackward(config, stream, _wave(config, q, v, group, k.shape[1]))
 
 
-def attention_backward_into(
+class Backward(NamedTuple):
+    """A backward that has begun: `multiply`, then `finish`, on the stream that it began on.
+
+    Attributes:
+        multiply: launches what reads keys and values and writes their gradients.
+        finish: launches what dq still needs; returns the (Hq,) float32 gradient of the sinks, or None without sinks.
+    """
+
+    multiply: Callable[[], None]
+    finish: Callable[[], torch.Tensor | None]
+
+
+def begin_backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
@@ -309,25 +322,29 @@ def attention_backward_into(
     dq: torch.Tensor | None,
     dk: torch.Tensor | None,
     dv: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The gradients of `attention_into`, into tensors that are there; None: not wanted.
+) -> Backward:
+    """Launch what the gradients of `attention_into` need before keys and values, and say how it goes on.
 
     Args:
         dout, dlse: gradients of out and lse (natural log); dlse None: the loss does not read lse.
-        q, k, v, sinks, out, lse: what the forward had and gave.
-        dq: (Tq, Hq, D); dk, dv: (Tk, Hkv, D | Dv), float32 allowed, both or neither. Contiguous last dimensions; written.
-
-    Returns:
-        (Hq,) float32 gradient of the sinks, or None without sinks.
+        q, k, v, sinks, out, lse: what the forward had and gave. Where k and v are written only later, before `multiply`, their last
+            dimension is contiguous: else they are copied now.
+        dq: (Tq, Hq, D); dk, dv: (Tk, Hkv, D | Dv), float32 allowed, both or neither. Contiguous last dimensions; written. None: not
+            wanted.
     """
     if runs_reference(q.device):
-        *found, dsinks = reference_gradients(
-            dout, dlse, q, k, v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks
-        )
-        for wanted, gradient in zip((dq, dk, dv), found, strict=True):
-            if wanted is not None:
-                wanted.copy_(gradient)
-        return dsinks
+        dsinks: list[torch.Tensor | None] = []
+
+        def multiply() -> None:
+            *found, found_dsinks = reference_gradients(
+                dout, dlse, q, k, v, plan, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks
+            )
+            for wanted, gradient in zip((dq, dk, dv), found, strict=True):
+                if wanted is not None:
+                    wanted.copy_(gradient)
+            dsinks.append(found_dsinks)
+
+        return Backward(multiply, dsinks.pop)
     deterministic = is_deterministic(deterministic)
     tensors: Tensors = dict(
         q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), out=_contiguous_rows(out), lse=lse,
@@ -337,12 +354,28 @@ def attention_backward_into(
     def make() -> Recipe:
         return _backward_recipe(plan, tensors, softmax_scale, softcap, deterministic)
 
-    tensors = run_recipe(plan, ("backward", softmax_scale, softcap, deterministic), tensors, q.device, make)
-    if sinks is None:
-        return None
-    delta = tensors["delta"]
-    assert delta is not None
-    return _sink_gradient(sinks, lse, delta[0, : lse.numel()].view(lse.shape))
+    run = begin_recipe(plan, ("backward", softmax_scale, softcap, deterministic), tensors, q.device, make)
+
+    def finish() -> torch.Tensor | None:
+        run.launch(run.recipe.after)
+        if sinks is None:
+            return None
+        delta = run.tensors["delta"]
+        assert delta is not None
+        return _sink_gradient(sinks, lse, delta[0, : lse.numel()].view(lse.shape))
+
+    return Backward(lambda: run.launch(run.recipe.steps), finish)
+
+
+def attention_backward_into(*arguments: Any) -> torch.Tensor | None:
+    """The gradients of `attention_into`, into tensors that are there: all of a backward, with `begin_backward`'s arguments.
+
+    Returns:
+        (Hq,) float32 gradient of the sinks, or None without sinks.
+    """
+    backward = begin_backward(*arguments)
+    backward.multiply()
+    return backward.finish()
 
 
 def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float, deterministic: bool) -> Recipe:
@@ -375,11 +408,12 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
         prepared = [prepare_backward(select_first(kernels, problem, device), plan, q, k, v) for kernels in wanted]
     # Through the copy engine from shifted copies.
     by_copy_engine = any(isinstance(each.config, BackwardDkdvConfig) and each.config.use_tma for each in prepared)
-    steps = [Step(delta)] if total_q else []
+    before = [Step(delta)] if total_q else []
+    after = []
     if any(_makes_statistics(each) for each in prepared) and not by_copy_engine:
         # First, because the other kernel reads them.
-        steps, prepared = [], sorted(prepared, key=_makes_statistics, reverse=True)
-    steps += [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
+        before, prepared = [], sorted(prepared, key=_makes_statistics, reverse=True)
+    steps = [Step(_gradient_step(each, softmax_scale, softcap, device.multiprocessors)) for each in prepared]
     stats = stats_shape(heads, total_q, SHIFTED_COPIES if by_copy_engine else 1)
     scratch = dict(delta=Scratch(stats), lse_log2=Scratch(stats))
     if any(each.config.kernel == FUSED_KERNEL for each in prepared):
@@ -391,11 +425,12 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
             from weft_attn.kernels.hopper.add_in_turn import turns_shape
 
             scratch["turns"] = Scratch(turns_shape(heads, total_q), torch.int32)
-        steps.append(
+        after.append(
             Step(lambda t: finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, config=finish_config))
         )
     is_persistent = any(isinstance(each.config, HopperConfig) for each in prepared)
-    return Recipe([each.stream for each in prepared], scratch, steps, Counter() if is_persistent else None)
+    counter = Counter() if is_persistent else None
+    return Recipe([each.stream for each in prepared], scratch, steps, counter, before, after)
 
 
 def _prepare_all(

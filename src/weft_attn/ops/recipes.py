@@ -84,18 +84,21 @@ class Recipe:
         scratch: that memory, by name.
         steps: launches in order.
         counter: what persistent grids count with, where there are any.
+        before, after: launches in front of them and behind, which touch neither keys and values nor their gradients.
     """
 
     streams: Sequence[DeviceStream]
     scratch: dict[str, Scratch]
     steps: Sequence[Step]
     counter: Counter | None = None
+    before: Sequence[Step] = ()
+    after: Sequence[Step] = ()
 
-    def run(self, tensors: Tensors, addresses: dict[str, int | None], device: torch.device) -> Tensors:
-        """Launch on the tensors' device; returns them with the scratch that the launches wrote.
+    def begin(self, tensors: Tensors, addresses: dict[str, int | None], device: torch.device) -> Run:
+        """Take the memory and make the launches of `before`.
 
         Args:
-            tensors: by name.
+            tensors: by name; what the launches write in between is put with them.
             addresses: where each of them lies.
             device: theirs.
         """
@@ -104,7 +107,7 @@ class Recipe:
             # Kernels are launched on the current device: make it the tensors' own.
             if device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):
-                    return self.run(tensors, addresses, device)
+                    return self.begin(tensors, addresses, device)
             from weft_attn.kernels.replay import current_stream
 
             stream = current_stream(device)
@@ -118,13 +121,32 @@ class Recipe:
         if self.counter is not None:
             tensors["counter"] = counter = self.counter.on(device, stream)
             addresses["counter"] = counter.data_ptr()
-        for step in self.steps:
+        run = Run(self, tensors, addresses, device, stream)
+        for step in self.before:
             step.run(tensors, addresses, stream)
-        return tensors
+        return run
 
 
-def run_recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Tensors:
-    """Run the plan's recipe for a pass named by `key` over tensors that lie like these, made where there is none."""
+class Run(NamedTuple):
+    """A recipe that has begun on some tensors: `launch` its steps, then what is after them, on the stream that it began on."""
+
+    recipe: Recipe
+    tensors: Tensors
+    addresses: dict[str, int | None]
+    device: torch.device
+    stream: int
+
+    def launch(self, steps: Sequence[Step]) -> None:
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                self.launch(steps)
+            return
+        for step in steps:
+            step.run(self.tensors, self.addresses, self.stream)
+
+
+def begin_recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch.device, make: Callable[[], Recipe]) -> Run:
+    """Begin the plan's recipe for a pass named by `key` over tensors that lie like these, made where there is none."""
     addresses: dict[str, int | None] = {}
     layouts: list[Any] = []
     for name, x in tensors.items():
@@ -140,4 +162,4 @@ def run_recipe(plan: Plan, key: tuple[Any, ...], tensors: Tensors, device: torch
         if len(plan._recipes) >= MAX_RECIPES:
             plan._recipes.clear()
         found = plan._recipes[key] = make()
-    return found.run(tensors, addresses, device)
+    return found.begin(tensors, addresses, device)

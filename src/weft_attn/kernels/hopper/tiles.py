@@ -217,7 +217,9 @@ def _by_neighbours(columns, width):
     """
     bits = [1 << i for i in range(columns.bit_length() - 1)]
     lanes = [8, 4] if width == 4 else [8, 16]
-    values = [[0, bit] for bit in bits if bit < width] + [[8, 0]] + [[0, bit] for bit in bits if bit >= width and bit not in lanes]
+    values = (
+        [[0, bit] for bit in bits if bit < width] + [[8, 0]] + [[0, bit] for bit in bits if bit >= width and bit not in lanes]
+    )
     return gl.DistributedLinearLayout(
         values, [[0, bit] for bit in lanes] + [[1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, columns]
     )
