@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Targets whose code Triton makes as it makes sm_80's.
+# Targets with the matrix products of sm_80 and the copies of sm_90.
 ALIKE = ("sm_86", "sm_120")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
