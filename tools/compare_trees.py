@@ -170,14 +170,14 @@ def difference(found: dict[str, list[float]], first: dict[str, list[float]]) -> 
 
 def compare(trees: Sequence[Tree], warm_up_ms: float, round_ms: float, rounds: int, passes: Sequence[str]) -> list[Row]:
     """Rows of every case, pass and tree, printed as they come."""
-    # The environment's own: a tree may be older than what is asked for.
-    from weft_attn.bench import timing
-
     listed = [tree.ask("names") for tree in trees]
     if any(names != listed[0] for names in listed):
         raise SystemExit("the trees do not list the same cases: compare trees whose benchmarks agree")
     if not listed[0]:
         raise SystemExit("no case has this name")
+    # The environment's own: a tree may be older than what is asked for.
+    from weft_attn.bench import timing
+
     found = []
     for index, case in enumerate(listed[0]):
         for tree in trees:

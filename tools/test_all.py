@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Targets with the matrix products of sm_80 and the copies of sm_90.
+ALIKE = ("sm_86", "sm_120")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
 
@@ -62,7 +64,20 @@ class Suite:
         environment = {name: value for name, value in environment.items() if value}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-n", workers, f"--junitxml={report}", "-m", "not gpu"]
+            # Each worker begins with a part of its own, in order: what a module's tests share is seldom made twice.
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-n",
+                workers,
+                "--dist",
+                "worksteal",
+                f"--junitxml={report}",
+                "-m",
+                "not gpu",
+            ]
             code = subprocess.run([*command, *self.arguments], cwd=ROOT, env=environment, check=False).returncode
             counts = read_report(report)
         # A process that died, or that found no test, has failed even when no test did.
@@ -81,6 +96,12 @@ def read_report(path: Path) -> Counts:
     return Counts(total - failed - skipped, failed, skipped)
 
 
+def without(targets: tuple[str, ...]) -> list[str]:
+    """Arguments of pytest that leave the compilation for some targets out."""
+    test = "tests/cli/test_compile.py::test_what_selection_gives_compiles_for_every_target_within_bounds"
+    return [f"--deselect={test}[{target}-" for target in targets]
+
+
 def steps(old_triton: Path) -> list[Check | Suite]:
     """All steps. `old_triton`: a folder with the oldest Triton served and a numpy that its interpreter takes."""
     old = {"PYTHONPATH": os.pathsep.join([str(old_triton.resolve()), str(ROOT / "src")])}
@@ -89,13 +110,13 @@ def steps(old_triton: Path) -> list[Check | Suite]:
     return [
         Check("lint", ("ruff", "check", ".")),
         Check("format", ("ruff", "format", "--check", ".")),
-        Check("types", ("mypy",)),
+        Check("types", ("mypy", "--num-workers", "auto")),
         Suite("tests", ("tests", "--ignore=tests/kernels", "--ignore=tests/gpu"), compiled),
         Suite("kernels, interpreted", ("tests/kernels",), INTERPRETED),
-        Suite("kernels, interpreted, oldest Triton", ("tests/kernels",), {**old, **INTERPRETED}),
+        Suite("kernels, interpreted, oldest Triton", ("tests/kernels", "--covering"), {**old, **INTERPRETED}),
         Suite(
             "compilation and launches, oldest Triton",
-            ("tests/cli/test_compile.py", "tests/unit/test_replay.py"),
+            ("tests/cli/test_compile.py", "tests/unit/test_replay.py", *without(ALIKE)),
             {**old, **compiled},
         ),
     ]

@@ -62,16 +62,20 @@ def test_the_check_runs_the_kernels_in_the_interpreter_and_passes(
 
 
 def test_own_documents_are_packed_in_the_order_given(
-    weft: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(report, "choose_device", lambda name: CPU)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "b.txt").write_bytes(b"x" * 20)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.txt").write_bytes(b"some words of a document")
     (tmp_path / "folder" / "c.txt").write_bytes(b"never reached")
-    done = weft("check", "--device", "cpu", "--ranks", 1, "--tokens", 40, "--documents", "b.txt", "folder")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "b.txt 20, a.txt 20" in done.stdout
-    assert "left out, for room: 1 documents" in done.stdout
+    with pytest.raises(SystemExit) as end:
+        main(["check", "--device", "cpu", "--ranks", "1", "--tokens", "40", "--documents", "b.txt", "folder"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0, said
+    assert "b.txt 20, a.txt 20" in said
+    assert "left out, for room: 1 documents" in said
 
 
 def test_a_wrong_plan_makes_the_check_fail(

@@ -16,6 +16,7 @@ from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERN
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER, read_rates
 from weft_attn.bench.records import ABSENT, OK, GroupRecord, read_json
 from weft_attn.cli.bench_cp import bench_cp
+from weft_attn.cli.main import main
 from weft_attn.cli.simulate import simulate
 from weft_attn.errors import InvalidInput, Unsupported
 
@@ -155,11 +156,19 @@ def test_simulations_that_make_no_sense_are_refused(arguments: tuple[str, ...], 
     assert isinstance(command(simulate, *arguments).exception, error)
 
 
-def test_the_command_line_knows_both(weft):
-    listed = weft("--help").stdout
+def test_the_command_line_knows_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def said(*arguments: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(list(arguments))
+        return end.value.code, *capsys.readouterr()
+
+    _, listed, _ = said("--help")
     assert "bench cp" in listed
     assert "simulate" in listed
-    assert "--max-gather-bytes" in weft("bench", "cp", "--help").stdout
-    result = weft("bench", "cp", "--quick", "--device", "cpu")
-    assert result.returncode == 2
-    assert "torchrun" in result.stderr
+    assert "--max-gather-bytes" in said("bench", "cp", "--help")[1]
+    code, _, error = said("bench", "cp", "--quick", "--device", "cpu")
+    assert code == 2
+    assert "torchrun" in error

@@ -5,9 +5,10 @@ Triton decides when it is imported whether `triton.jit` compiles or interprets, 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ assert triton.knobs.runtime.interpret
 from weft_attn.kernels.call import KernelCall
 from weft_attn.launch import device as launch_device
 from weft_attn.launch.device import Device
+from weft_attn.testing.interpreter import language_patched_once
 
 HERE = Path(__file__).parent
 
@@ -37,6 +39,36 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--covering", action="store_true", help="of each test only cases enough to cover its parameters' values")
+
+
+def values_of(item: pytest.Item) -> set[tuple[str, str]]:
+    """What a case covers: that its test runs, and its parameters' values but the plan, whose tables are made by no kernel."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {("", "")} | {(name, repr(value)) for name, value in parameters.items() if name != "name"}
+
+
+def covering(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """Of a test's cases enough for every value of every parameter but the plan: the one that brings most, again and again."""
+    missing = set().union(*map(values_of, cases))
+    kept = []
+    while missing:
+        kept.append(max(cases, key=lambda case: len(values_of(case) & missing)))
+        missing -= values_of(kept[-1])
+    return kept
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--covering"):
+        return
+    kept = [
+        case for _, cases in itertools.groupby(items, lambda item: item.nodeid.split("[")[0]) for case in covering(list(cases))
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     strangers = sorted({str(item.path) for item in session.items if HERE not in item.path.parents})
     if strangers:
@@ -44,6 +76,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             f"tests/kernels interpret every Triton kernel of their process: expected them alone, given {strangers[0]} too. "
             "Run `pytest tests/kernels` by itself."
         )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> Iterator[None]:
+    with language_patched_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

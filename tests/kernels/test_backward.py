@@ -37,15 +37,16 @@ def check(case: Case, plan: weft.Plan | None = None) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_plan_matches_the_oracle(name: str) -> None:
+    """At this size dK/dV has interior tiles too, of documents of 33 tokens. One head: groups of them have tests of their own."""
     with override(*tiles()):
-        check(Case(plan=name, size=28))
+        check(Case(plan=name, size=28, heads=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["packed", "zigzag_padded", "causal_more_rows", "shared_prefix"])
 def test_half_precision_matches_the_oracle(name: str, dtype: torch.dtype) -> None:
     with override(*tiles()):
-        check(Case(plan=name, size=24, dtype=dtype))
+        check(Case(plan=name, size=28 if name == "packed" else 24, dtype=dtype))
 
 
 @pytest.mark.parametrize(
@@ -53,57 +54,73 @@ def test_half_precision_matches_the_oracle(name: str, dtype: torch.dtype) -> Non
 )
 def test_every_head_dim_matches_the_oracle(dim: int, dim_v: int) -> None:
     with override(*tiles()):
-        check(Case(plan="packed_unequal", size=20, head_dim=dim, head_dim_v=dim_v))
+        check(Case(plan="packed_unequal", size=18, head_dim=dim, head_dim_v=dim_v))
 
 
-@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 32), (32, 128)], ids=str)
-@pytest.mark.parametrize("name", ["zigzag_padded", "packed_window", "prefix_lm"])
+# Wide and high ones on the window, whose two sides they cut differently.
+TILE_SHAPES = [
+    ("packed_window", (16, 32)),
+    ("packed_window", (32, 16)),
+    ("prefix_lm", (32, 16)),
+    ("prefix_lm", (64, 32)),
+    ("zigzag_padded", (16, 32)),
+    ("zigzag_padded", (64, 32)),
+    ("zigzag_padded", (32, 128)),
+]
+
+
+@pytest.mark.parametrize(("name", "tile"), TILE_SHAPES, ids=str)
 def test_every_tile_shape_matches_the_oracle(name: str, tile: tuple[int, int]) -> None:
     with override(*tiles(dkdv=tile, dq=tile)):
         check(Case(plan=name))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("keys", [1, 63, 129])
-@pytest.mark.parametrize("rows", [1, 63, 129])
+# One element, one less than a tile, one more than two. Without a diagonal every tile but the last ones is whole.
+ODD_LENGTHS = [(rows, keys, True) for rows in (1, 63, 129) for keys in (1, 63, 129)]
+ODD_LENGTHS += [(1, 1, False), (63, 129, False), (129, 63, False)]
+
+
+@pytest.mark.parametrize(("rows", "keys", "causal"), ODD_LENGTHS)
 def test_odd_lengths_match_the_oracle(rows: int, keys: int, causal: bool) -> None:
     with override(*tiles(dkdv=(64, 64), dq=(64, 64))):
         check(Case(), weft.Plan.dense(1, rows, keys, causal=causal))
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (4, 1), (8, 2), (8, 1), (6, 3)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (4, 1), (4, 2), (6, 2)])
 def test_grouped_heads_match_the_oracle(heads: int, kv_heads: int) -> None:
-    with override(*tiles(dkdv=(32, 32), dq=(32, 32))):
-        check(Case(plan="packed", size=20, heads=heads, kv_heads=kv_heads))
+    """A tile of keys walks one interior and two edge tiles for a head, and again for the next."""
+    documents = [0, 33, 35]
+    with override(*tiles()):
+        check(Case(heads=heads, kv_heads=kv_heads), weft.Plan.from_cu_seqlens(documents, documents, causal=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_packages_own_configs_match_the_oracle(dtype: torch.dtype) -> None:
-    check(Case(plan="zigzag_rank_1_of_2", size=24, dtype=dtype, heads=4, kv_heads=2, head_dim=64))
+    check(Case(plan="zigzag_rank_1_of_2", size=24, dtype=dtype, head_dim=64))
 
 
 @pytest.mark.parametrize("block_rows", [16, 128])
 def test_any_block_of_row_statistics_matches_the_oracle(block_rows: int) -> None:
     with override(*tiles(dkdv=(64, 64), dq=(64, 64)), DeltaConfig(block_rows=block_rows, num_warps=4, num_stages=1)):
-        check(Case(plan="packed", heads=4, kv_heads=2, head_dim_v=24))
+        check(Case(plan="packed", size=30, heads=2, kv_heads=2, head_dim_v=24))
 
 
 @pytest.mark.parametrize("wave_bytes", [1, 10**9])
 def test_the_order_of_heads_does_not_change_the_gradients(wave_bytes: int) -> None:
     with override(*tiles(dkdv=(32, 32), dq=(32, 32), wave_bytes=wave_bytes)):
-        check(Case(plan="packed", size=20, heads=6, kv_heads=3))
+        check(Case(plan="packed", size=12, heads=6, kv_heads=3))
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(plan="packed", lse_gradient=False),
-        Case(plan="packed", lse_gradient=False, sinks=True),
-        Case(plan="zigzag_padded", size=24, sinks=True, softcap=2.0, heads=4, kv_heads=2),
-        Case(plan="causal_more_rows", sinks=True, dtype=torch.bfloat16),
-        Case(plan="packed", spread=20.0),
-        Case(plan="packed", softmax_scale=0.0),
-        Case(plan="packed", softcap=0.1),
+        Case(plan="packed", size=28, lse_gradient=False),
+        Case(plan="packed", size=28, lse_gradient=False, sinks=True),
+        Case(plan="zigzag_padded", size=14, sinks=True, softcap=2.0, heads=4, kv_heads=2),
+        Case(plan="causal_more_rows", size=20, sinks=True, dtype=torch.bfloat16),
+        Case(plan="packed", size=28, spread=20.0),
+        Case(plan="packed", size=20, softmax_scale=0.0),
+        Case(plan="packed", size=28, softcap=0.1),
     ],
     ids=str,
 )
@@ -113,7 +130,7 @@ def test_features_match_the_oracle(case: Case) -> None:
 
 
 def test_only_the_gradient_of_lse_is_enough() -> None:
-    case = Case(plan="packed", sinks=True)
+    case = Case(plan="packed", size=20, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     assert x.dlse is not None
@@ -133,7 +150,7 @@ NEEDS = {("q",): {"dq"}, ("k",): {"dkdv"}, ("v",): {"dkdv"}, ("sinks",): set(), 
 
 @pytest.mark.parametrize("subset", NEEDS, ids="-".join)
 def test_only_kernels_whose_gradients_are_asked_for_run(subset: tuple[str, ...], launches: list[KernelCall]) -> None:
-    case = Case(plan="packed", sinks=True)
+    case = Case(plan="packed", size=14, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     named = {n: getattr(x, n).clone().requires_grad_(n in subset) for n in ("q", "k", "v", "sinks")}
@@ -150,7 +167,7 @@ def test_only_kernels_whose_gradients_are_asked_for_run(subset: tuple[str, ...],
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradients_of_keys_and_values_may_stay_in_float32(dtype: torch.dtype) -> None:
-    case = Case(plan="packed", dtype=dtype, lse_gradient=False)
+    case = Case(plan="packed", size=14, dtype=dtype, lse_gradient=False)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     arguments = (x.q, x.k, x.v, None)
@@ -172,7 +189,7 @@ def test_gradients_of_keys_and_values_may_stay_in_float32(dtype: torch.dtype) ->
 
 def test_keys_that_nobody_sees_get_exactly_zero() -> None:
     for name in ("unseen", "zigzag_padded", "no_rows", "empty", "window_both"):
-        case = Case(plan=name, size=24)
+        case = Case(plan=name, size=18)
         plan = case.make_plan()
         unseen = ~plan.to_mask().any(dim=0)
         with override(*tiles()):
@@ -186,7 +203,7 @@ def test_keys_that_nobody_sees_get_exactly_zero() -> None:
 
 def test_rows_that_see_nothing_get_exactly_zero() -> None:
     for name in ("unseen", "causal_more_rows", "no_keys", "empty"):
-        case = Case(plan=name, sinks=True)
+        case = Case(plan=name, size=20, sinks=True)
         plan = case.make_plan()
         blind = ~plan.to_mask().any(dim=1)
         assert blind.any()
@@ -197,7 +214,7 @@ def test_rows_that_see_nothing_get_exactly_zero() -> None:
 
 
 def test_a_sink_of_minus_infinity_has_no_gradient_and_changes_none() -> None:
-    case = Case(plan="causal_more_rows", sinks=True)
+    case = Case(plan="causal_more_rows", size=20, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     off = type(x)(x.q, x.k, x.v, torch.full((2,), float("-inf")), x.dout, x.dlse)

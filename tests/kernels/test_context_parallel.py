@@ -6,6 +6,7 @@ import torch
 
 from weft_attn.ops import kernels_interpreted
 from weft_attn.testing.cases import Case
+from weft_attn.testing.interpreter import language_patched_once
 from weft_attn.testing.parallel import ParallelCase, RankResults, assert_ranks_match_oracle, run_case
 from weft_attn.testing.ranks import run_ranks
 
@@ -24,7 +25,8 @@ CASES = [
 
 def run_kernels(rank: int, world_size: int) -> list[RankResults]:
     assert kernels_interpreted()
-    return [run_case(case) for case in CASES]
+    with language_patched_once():
+        return [run_case(case) for case in CASES]
 
 
 def test_kernels_read_gathered_buffers_and_never_their_padding() -> None:

@@ -13,6 +13,7 @@ import weft_attn as weft
 from weft_attn.kernels.call import KernelCall
 from weft_attn.launch import BackwardDkdvConfig, BackwardDqConfig, ForwardConfig, InvalidConfig, override
 from weft_attn.launch.config import LaunchConfig
+from weft_attn.plan.stream import ITEM_FIELDS, Tiling, host_stream
 from weft_attn.testing.cases import Case, Inputs, make_inputs
 from weft_attn.testing.compare import Attention, Results, assert_matches_oracle, evaluate
 
@@ -47,10 +48,17 @@ FEATURES: list[dict[str, Any]] = [
     {"sinks": True, "softcap": 2.0, "spread": 10.0},
     {"lse_gradient": False},
 ]
+ALL_AT_ONCE = FEATURES[4]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("features", FEATURES, ids=str)
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    # Each feature alone in one dtype, in turn; all at once in each.
+    [(features, DTYPES[at % 3]) for at, features in enumerate(FEATURES) if features is not ALL_AT_ONCE]
+    + [(ALL_AT_ONCE, dtype) for dtype in DTYPES],
+    ids=str,
+)
 def test_features_match_the_oracle_in_every_dtype(features: dict[str, Any], dtype: torch.dtype) -> None:
     check(
         Case(plan="zigzag_rank_1_of_2", size=14, head_dim=24, head_dim_v=40, dtype=dtype, **features),
@@ -65,10 +73,11 @@ def test_all_features_together_match_the_oracle(name: str) -> None:
     check(Case(plan=name, size=20, heads=4, kv_heads=2, head_dim=24, head_dim_v=40, sinks=True, softcap=2.0), *configs())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [24, 64])
+@pytest.mark.parametrize(
+    ("dim", "dtype"), [(24, torch.float16), (24, torch.float32), (64, torch.bfloat16), (64, torch.float32)], ids=str
+)
 def test_the_identity_product_changes_no_bit(dim: int, dtype: torch.dtype) -> None:
-    case = Case(plan="packed", size=14, head_dim=dim, dtype=dtype)
+    case = Case(plan="packed", size=12, head_dim=dim, dtype=dtype)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     found = []
@@ -115,6 +124,8 @@ def test_an_override_is_what_runs(launches: list[KernelCall]) -> None:
 
 # ---- the copy engine ------------------------------------------------------------------------------------------------------
 
+INTERIOR_TILES = ITEM_FIELDS.index("interior_tiles")
+
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_dkdv", "backward_dq"])
 def test_the_copy_engine_is_refused_on_a_device_without_one(kernel: str) -> None:
@@ -128,11 +139,7 @@ def test_the_copy_engine_is_refused_on_a_device_without_one(kernel: str) -> None
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        (name, torch.float32)
-        for name in ("causal", "packed", "zigzag_padded", "window_both", "causal_more_keys", "shared_prefix")
-    ]
-    + [("packed", torch.float16)],
+    [(name, torch.float32) for name in ("packed", "full", "zigzag_rank_0_of_1", "shared_prefix")] + [("packed", torch.float16)],
     ids=str,
 )
 def test_descriptors_give_what_pointers_give(
@@ -140,8 +147,10 @@ def test_descriptors_give_what_pointers_give(
 ) -> None:
     """The interpreter has tensor descriptors too: told that it is a Hopper GPU it reads interior tiles through them."""
     machine(arch="sm_90")
-    case = Case(plan=name, size=24, heads=2, kv_heads=1, head_dim=16, head_dim_v=32, dtype=dtype, sinks=True, softcap=3.0)
+    case = Case(plan=name, size=28, heads=2, kv_heads=1, head_dim=16, head_dim_v=32, dtype=dtype, sinks=True, softcap=3.0)
     plan = case.make_plan()
+    for transposed in (False, True):
+        assert host_stream(plan, Tiling(16, 16, transposed=transposed)).items[:, INTERIOR_TILES].any()
     x = make_inputs(case, plan)
     found = []
     for use_tma in (False, True):
@@ -154,7 +163,7 @@ def test_descriptors_give_what_pointers_give(
 
 def test_descriptors_read_a_head_of_a_fused_tensor(machine: Callable[..., object]) -> None:
     machine(arch="sm_90")
-    case = Case(plan="packed", size=24, heads=4, kv_heads=2)
+    case = Case(plan="packed", size=28, heads=4, kv_heads=2)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     fused = torch.cat([x.q, x.k, x.v], dim=1)
@@ -196,7 +205,7 @@ NEVER_SEEN = [
 
 @pytest.mark.parametrize("name", NEVER_SEEN)
 def test_nan_in_keys_outside_every_slice_reaches_nothing(name: str) -> None:
-    case = Case(plan=name, size=24, sinks=True)
+    case = Case(plan=name, size=24, heads=1, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     covered = torch.zeros(plan.total_k, dtype=torch.bool)
@@ -213,20 +222,27 @@ def test_nan_in_keys_outside_every_slice_reaches_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["strict_causal", "unseen", "window_both", "causal_more_keys", "striped", "zigzag_padded"])
 def test_nan_in_keys_that_no_row_sees_reaches_nothing(name: str) -> None:
-    case = Case(plan=name, size=24, sinks=True)
+    case = Case(plan=name, size=24, heads=1, sinks=True)
     plan = case.make_plan()
     x = make_inputs(case, plan)
     with override(*configs()):
         assert_equal(evaluate(ours(case, plan), x.poisoned(plan)), evaluate(ours(case, plan), x))
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("tensor", ["q", "k", "v", "dout"])
-@pytest.mark.parametrize("lengths", [(40, 50), (5, 6, 7)], ids=["long", "sharing-a-tile"])
+LONG, SHARING_A_TILE = (40, 50), (5, 6, 7)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tensor", "packs"),
+    [(lengths, tensor, False) for lengths in (LONG, SHARING_A_TILE) for tensor in ("q", "k", "v", "dout")]
+    # The forward alone packs heads.
+    + [(SHARING_A_TILE, tensor, True) for tensor in ("q", "v")],
+    ids=str,
+)
 def test_a_document_full_of_nan_does_not_reach_the_others(
-    lengths: tuple[int, ...], tensor: str, split: bool, machine: Callable[..., object]
+    lengths: tuple[int, ...], tensor: str, packs: bool, machine: Callable[..., object], launches: list[KernelCall]
 ) -> None:
-    machine(multiprocessors=132 if split else 1)
+    machine(multiprocessors=132 if packs else 1)
     case = Case()
     cu = [0]
     for n in lengths:
@@ -237,6 +253,7 @@ def test_a_document_full_of_nan_does_not_reach_the_others(
     spoiled[: cu[1]] = float("nan")
     with override(*configs(block_q=32, block_k=32)):
         clean, found = (evaluate(ours(case, plan), i) for i in (x, replace(x, **{tensor: spoiled})))
+    assert launches[0].constants["PACK"] == 1 + packs
     for (name, a), (_, b) in zip(clean.items(), found.items(), strict=True):
         rest = (slice(None), slice(cu[1], None)) if name == "lse" else (slice(cu[1], None),)
         assert torch.equal(a[rest], b[rest]), name
@@ -260,7 +277,7 @@ def test_nan_that_a_row_sees_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_results_and_gradients_are_repeatable_to_the_bit(dtype: torch.dtype) -> None:
-    case = Case(plan="zigzag_rank_1_of_2", size=20, heads=2, kv_heads=1, sinks=True, softcap=2.0, dtype=dtype)
+    case = Case(plan="zigzag_rank_1_of_2", size=12, heads=2, kv_heads=1, sinks=True, softcap=2.0, dtype=dtype)
     x = make_inputs(case, case.make_plan())
     with override(*configs()):
         runs = [evaluate(ours(case, plan), x) for plan in (case.make_plan() for _ in range(2))]
@@ -269,7 +286,7 @@ def test_results_and_gradients_are_repeatable_to_the_bit(dtype: torch.dtype) -> 
 
 def test_every_element_of_every_result_is_written() -> None:
     """Fresh memory is NaN in these tests (see conftest.py): rows and keys of any kind come out finite, or -inf in lse."""
-    case = Case(plan="concat", head_dim=24, head_dim_v=40)
+    case = Case(plan="concat", size=26, head_dim=24, head_dim_v=40)
     plan = case.make_plan()
     assert torch.empty(3).isnan().all()
     with override(*configs()):

@@ -38,8 +38,20 @@ def _wide_machine(machine: Callable[..., object]) -> None:
     machine(multiprocessors=132)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "pack"), [(4, 4, 1), (4, 1, 4), (8, 1, 8), (16, 1, 16), (6, 2, 3), (24, 1, 12)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "pack", "dtype"),
+    [
+        (4, 4, 1, torch.bfloat16),
+        (4, 1, 4, torch.float16),
+        (8, 1, 8, torch.float32),
+        (16, 1, 16, torch.bfloat16),
+        (6, 2, 3, torch.float16),
+        (6, 2, 3, torch.bfloat16),
+        (6, 2, 3, torch.float32),
+        (24, 1, 12, torch.float32),
+    ],
+    ids=str,
+)
 def test_one_row_of_any_grouping_matches_the_oracle(
     heads: int, kv_heads: int, pack: int, dtype: torch.dtype, launches: list[KernelCall]
 ) -> None:
@@ -92,10 +104,24 @@ def test_more_parts_than_a_combining_program_reads_at_a_time(launches: list[Kern
     assert parts.max() > 16
 
 
+SINKS, SOFTCAP, BOTH = {"sinks": True}, {"softcap": 2.0}, {"sinks": True, "softcap": 2.0, "spread": 8.0}
+
+
 @pytest.mark.parametrize(
-    "features", [{"sinks": True}, {"softcap": 2.0}, {"sinks": True, "softcap": 2.0, "spread": 8.0}], ids=str
+    ("name", "features"),
+    [
+        ("decode_1", SINKS),
+        ("decode_1", BOTH),
+        ("decode_16", SOFTCAP),
+        ("decode_16", BOTH),
+        # Rows that see nothing beside a sink.
+        ("packed_unequal", SINKS),
+        ("packed_unequal", BOTH),
+        ("unseen", SINKS),
+        ("unseen", SOFTCAP),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("name", ["decode_1", "decode_16", "packed_unequal", "unseen"])
 def test_features_survive_the_split(name: str, features: dict[str, object], launches: list[KernelCall]) -> None:
     size = LONG.get(name, 40)
     with override(FEW):
