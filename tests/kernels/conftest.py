@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,31 +40,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--covering", action="store_true", help="of each test only cases enough to cover its parameters' values")
+    parser.addoption("--covering", action="store_true", help="of each test one case, such that all together bring most values")
 
 
 def values_of(item: pytest.Item) -> set[tuple[str, str]]:
-    """What a case covers: that its test runs, and its parameters' values but the plan, whose tables are made by no kernel."""
+    """What a case brings: its parameters' values."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return {("", "")} | {(name, repr(value)) for name, value in parameters.items() if name != "name"}
+    return {(name, repr(value)) for name, value in parameters.items()}
 
 
-def covering(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Of a test's cases enough for every value of every parameter but the plan: the one that brings most, again and again."""
-    missing = set().union(*map(values_of, cases))
+def covering(tests: Iterable[Iterable[pytest.Item]]) -> list[pytest.Item]:
+    """Of each test the case that brings most values which no case of a test before brings; of equal ones the last, which has most in it."""
+    brought: set[tuple[str, str]] = set()
     kept = []
-    while missing:
-        kept.append(max(cases, key=lambda case: len(values_of(case) & missing)))
-        missing -= values_of(kept[-1])
+    for cases in tests:
+        kept.append(max(reversed(list(cases)), key=lambda case: len(values_of(case) - brought)))
+        brought |= values_of(kept[-1])
     return kept
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--covering"):
         return
-    kept = [
-        case for _, cases in itertools.groupby(items, lambda item: item.nodeid.split("[")[0]) for case in covering(list(cases))
-    ]
+    kept = covering(cases for _, cases in itertools.groupby(items, lambda item: item.nodeid.split("[")[0]))
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
 
