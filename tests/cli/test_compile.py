@@ -15,12 +15,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from weft_attn.cli.compile import MAX_SPILL
 from weft_attn.cli.main import main
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.kernels import matrix
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper.tiles import product_layout, write_rows
 from weft_attn.kernels.matrix import Outcome, Variant, call_of, compile_variant, variants
 from weft_attn.kernels.offline import compile_call
 from weft_attn.launch.config import (
@@ -252,6 +255,26 @@ def test_what_leaves_nan_in_shared_memory_writes_all_that_it_takes() -> None:
     assert compiled.shared_memory == BYTES
     # 16 bytes a thread, and none of them left out.
     assert compiled.assembly.count("st.shared.v4") * 16 * 32 * NUM_WARPS == BYTES
+
+
+@gluon.jit
+def writes_rows(values_ptr, rows_ptr, stride_row, n_rows, COLUMNS: gl.constexpr):
+    product: gl.constexpr = product_layout(COLUMNS)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, product))[:, None]
+    tile = gl.load(values_ptr + rows * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, product))[None, :])
+    write_rows(rows_ptr, stride_row, tile, 0, n_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [64, 128])
+def test_rows_of_gradients_leave_sixteen_bytes_a_thread_without_shared_memory(columns: int, dtype: torch.dtype) -> None:
+    values = torch.empty(64, columns, device="meta")
+    rows = torch.empty(640, 8, columns, dtype=dtype, device="meta")
+    arguments = dict(values_ptr=values, rows_ptr=rows, stride_row=rows.stride(0), n_rows=60)
+    compiled = compile_call(KernelCall(writes_rows, (1,), arguments, dict(COLUMNS=columns), num_warps=4, num_stages=1), "sm_90")
+    assert compiled.shared_memory == 0
+    assert compiled.assembly.count("st.global.v4") * 16 * 128 == 64 * columns * dtype.itemsize
+    assert compiled.assembly.count("st.global") == compiled.assembly.count("st.global.v4")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

@@ -15,7 +15,7 @@ from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
-from weft_attn.ops import attention_backward_into, attention_into, begin_backward
+from weft_attn.ops import attention_into, begin_backward
 from weft_attn.plan import in_turn
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
@@ -109,10 +109,10 @@ def test_a_backward_over_some_heads_of_its_tensors_is_that_of_the_heads_alone(di
             found = []
             for seen in (lambda tensor, _: tensor, of_several):
                 gradients = [seen(torch.full_like(tensor, math.nan), 1) for tensor in (x.q, x.k, x.v)]
-                attention_backward_into(
+                begin_backward(
                     seen(x.dout, 1), seen(x.dlse, 0), seen(x.q, 1), seen(x.k, 1), seen(x.v, 1), None, seen(out, 1), seen(lse, 0),
                     plan, dim**-0.5, 0.0, deterministic, *gradients,
-                )  # fmt: skip
+                ).complete()  # fmt: skip
                 found.append(gradients)
         for one, other, sums_vary in zip(*found, (not deterministic, False, False), strict=True):
             torch.testing.assert_close(other, one, **(dict(rtol=2e-2, atol=2e-3) if sums_vary else dict(rtol=0, atol=0)))
@@ -130,7 +130,7 @@ def test_a_backward_begins_before_its_keys_are_there(dim: int, deterministic: bo
         out, lse = torch.empty_like(x.q), torch.empty(case.heads, plan.total_q, device=DEVICE)
         attention_into(x.q, x.k, x.v, None, *scalars, out, lse)
         once, later = ([torch.full_like(y, math.nan) for y in (x.q, x.k, x.v)] for _ in range(2))
-        attention_backward_into(x.dout, x.dlse, x.q, x.k, x.v, None, out, lse, *scalars, *once)
+        begin_backward(x.dout, x.dlse, x.q, x.k, x.v, None, out, lse, *scalars, *once).complete()
         k, v = torch.full_like(x.k, math.nan), torch.full_like(x.v, math.nan)
         # Two at a time, as of two groups of heads: each has memory of its own between its launches.
         backwards = [begin_backward(x.dout, x.dlse, x.q, k, v, None, out, lse, *scalars, *later) for _ in range(2)]

@@ -23,8 +23,9 @@ PORTABLE = select("backward_dkdv", Problem(128, 128, 16, group=2), H200).config
 
 def calls(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], *, wanted: str = "q k v", shift: int = 0, has_dlse: bool = False
-) -> tuple[list[KernelCall], dict[str, Any]]:
-    """The backward's launches in their order, and its tensors: out and dout are views of some heads, each of others.
+) -> tuple[list[list[KernelCall]], dict[str, Any]]:
+    """The backward's launches in order, before, between and after (`Recipe`), and its tensors: out and dout are views of some heads, each of
+    others.
 
     Args:
         shift: elements by which `out` lies off a whole 16 bytes.
@@ -41,24 +42,25 @@ def calls(
     recipe = execute._backward_recipe(plan, tensors, 1.0, 0.0, False)
     tensors |= {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in recipe.scratch.items()}
     tensors["counter"] = torch.zeros(2, dtype=torch.int32)
-    return [step._make(tensors) for step in (*recipe.before, *recipe.steps, *recipe.after)], tensors
+    parts = [[step._make(tensors) for step in steps] for steps in (recipe.before, recipe.steps, recipe.after)]
+    return parts, tensors
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, lengths: list[int], **options: Any) -> list[str]:
+def launched(monkeypatch: pytest.MonkeyPatch, lengths: list[int], **options: Any) -> list[list[str]]:
     """The kernels of `calls`."""
-    found, _ = calls(monkeypatch, lengths, **options)
-    return [call.kernel.__name__.removesuffix("_kernel").removeprefix("attention_") for call in found]
+    parts, _ = calls(monkeypatch, lengths, **options)
+    return [[call.kernel.__name__.removesuffix("_kernel").removeprefix("attention_") for call in part] for part in parts]
 
 
 def test_the_kernel_of_dq_makes_statistics_before_the_other_one_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
     short = [512] * 4
-    assert launched(monkeypatch, short) == ["hopper_backward_dq", "hopper_backward"]
-    assert launched(monkeypatch, short, wanted="q") == ["hopper_backward_dq"]
+    assert launched(monkeypatch, short) == [[], ["hopper_backward_dq", "hopper_backward"], []]
+    assert launched(monkeypatch, short, wanted="q") == [[], ["hopper_backward_dq"], []]
 
 
 @pytest.mark.parametrize("has_dlse", [False, True])
 def test_the_kernel_of_dq_reads_the_result_where_it_lies(monkeypatch: pytest.MonkeyPatch, has_dlse: bool) -> None:
-    (first, second), tensors = calls(monkeypatch, [512] * 4, has_dlse=has_dlse)
+    (_, (first, second), _), tensors = calls(monkeypatch, [512] * 4, has_dlse=has_dlse)
     given = first.arguments
     for name in ("q", "k", "v", "out", "dout"):
         assert given[f"{name}_desc"].base is tensors[name]
@@ -74,18 +76,18 @@ def test_the_kernel_of_dq_reads_the_result_where_it_lies(monkeypatch: pytest.Mon
 
 
 def test_where_it_does_not_run_they_have_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launched(monkeypatch, [512] * 4, wanted="k v") == ["delta", "hopper_backward"]
-    assert launched(monkeypatch, [4096]) == ["delta", "hopper_backward", "finish_dq"]
+    assert launched(monkeypatch, [512] * 4, wanted="k v") == [["delta"], ["hopper_backward"], []]
+    assert launched(monkeypatch, [4096]) == [["delta"], ["hopper_backward"], ["finish_dq"]]
     # Its copy engine could not address the result.
-    assert launched(monkeypatch, [512] * 4, shift=1) == ["delta", "backward_dkdv", "backward_dq"]
+    assert launched(monkeypatch, [512] * 4, shift=1) == [["delta"], ["backward_dkdv", "backward_dq"], []]
 
 
 def test_shifted_ones_are_made_for_a_kernel_that_reads_them_through_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     short = [512] * 4
     with override(PORTABLE):
-        assert launched(monkeypatch, short) == ["delta", "backward_dkdv", "hopper_backward_dq"]
-        (delta, dkdv, _), tensors = calls(monkeypatch, short)
+        assert launched(monkeypatch, short) == [["delta"], ["backward_dkdv", "hopper_backward_dq"], []]
+        ((delta,), (dkdv, _), _), tensors = calls(monkeypatch, short)
         assert delta.constants["COPIES"] == tensors["delta"].shape[0] == SHIFTED_COPIES
         assert dkdv.arguments["stride_stats_copy"] == tensors["delta"].stride(0)
     with override(replace(PORTABLE, use_tma=False)):
-        assert launched(monkeypatch, short) == ["hopper_backward_dq", "backward_dkdv"]
+        assert launched(monkeypatch, short) == [[], ["hopper_backward_dq", "backward_dkdv"], []]

@@ -192,7 +192,7 @@ class _Reduce:
         if self.groups.ends_reduce(group):
             at = self.groups.reduce_of(group)
             self.pending[at] = self.call.ranks.reduce_scatter(self.sums.buffer(at), self.partial.buffer(at))
-            # Before the next group's launch, or the end of dq.
+            # Before the next group's launch, or what dq still needs, if it needs anything.
             self.call.ranks.let_start(self.dk.device)
 
     def finish(self, at: int) -> None:
@@ -294,8 +294,9 @@ class _GatheredAttention(torch.autograd.Function):
                 reduce.start(group)
             if not at_once:
                 finish(group, begun.pop(group))
-        for group, backward in begun.items():
-            finish(group, backward)
+        for group in list(begun):
+            # Its sums go back as soon as they are read.
+            finish(group, begun.pop(group))
         if reduce is not None:
             # As late as that, so that the sums over ranks run beside the gradients of the groups that follow.
             for at in range(len(groups.reduces)):

@@ -7,8 +7,8 @@ In the model a GPU computes and its links carry side by side, each in the order 
     reduce     n * reduce, in a backward, after their attention
 
 with the times of one KV head on a rank: of its attention, of the gather of its keys and values, of the reduce-scatter of their
-gradients. Three things follow. What comes before the first attention and after the last is hidden by nothing, so those groups are
-small. A small group hides little, so that what runs beside it is no longer than its attention. And every group costs a launch, at
+gradients. Three things follow. What comes before the first attention and after the last is hidden by nothing (in a backward by
+what needs no keys, docs/adr/0032, which is not in the model), so those groups are small. A small group hides little, so that what runs beside it is no longer than its attention. And every group costs a launch, at
 whose end multiprocessors wait for each other, so there are few, and none so small that its work items do not fill the GPU.
 
 What is not in the model: a collective that becomes ready while an attention kernel runs has no multiprocessors until that ends, but may

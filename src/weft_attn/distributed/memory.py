@@ -14,9 +14,10 @@ BUFFERS_IN_TURN = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that context parallelism takes on a rank beyond the rank's own tensors, and beyond what a kernel takes while it runs: row
-    statistics, and where a backward adds dq up (`weft.attention`) 4 * S * D for each query head: all of them, or where buffers take turns
-    those of a group.
+    """Bytes that context parallelism takes on a rank beyond the rank's own tensors, and beyond what a backward takes between its launches:
+    row statistics, where it adds dq up (`weft.attention`) 4 * S * D for each query head, and a copy of what does not lie in rows, such as the
+    gradient of a plain sum. That is of all heads, as on one rank, where every collective has a buffer of its own; of a group's where
+    buffers take turns.
 
     With W ranks, S rows of the largest rank, H heads held at a time, E = D + Dv and bytes e of an element of K, r of a gradient:
 

@@ -2,7 +2,6 @@
 
 from weft_attn.ops.execute import (
     Backward,
-    attention_backward_into,
     attention_into,
     backward_problem,
     begin_backward,
@@ -16,7 +15,6 @@ from weft_attn.ops.operators import attention_forward
 
 __all__ = [
     "Backward",
-    "attention_backward_into",
     "attention_forward",
     "attention_into",
     "backward_problem",

@@ -305,6 +305,11 @@ class Backward(NamedTuple):
     multiply: Callable[[], None]
     finish: Callable[[], torch.Tensor | None]
 
+    def complete(self) -> torch.Tensor | None:
+        """Both; returns what `finish` does."""
+        self.multiply()
+        return self.finish()
+
 
 def begin_backward(
     dout: torch.Tensor,
@@ -331,6 +336,9 @@ def begin_backward(
             dimension is contiguous: else they are copied now.
         dq: (Tq, Hq, D); dk, dv: (Tk, Hkv, D | Dv), float32 allowed, both or neither. Contiguous last dimensions; written. None: not
             wanted.
+
+    Returns:
+        The rest of the backward, for the stream that it began on.
     """
     if runs_reference(q.device):
         dsinks: list[torch.Tensor | None] = []
@@ -365,17 +373,6 @@ def begin_backward(
         return _sink_gradient(sinks, lse, delta[0, : lse.numel()].view(lse.shape))
 
     return Backward(lambda: run.launch(run.recipe.steps), finish)
-
-
-def attention_backward_into(*arguments: Any) -> torch.Tensor | None:
-    """The gradients of `attention_into`, into tensors that are there: all of a backward, with `begin_backward`'s arguments.
-
-    Returns:
-        (Hq,) float32 gradient of the sinks, or None without sinks.
-    """
-    backward = begin_backward(*arguments)
-    backward.multiply()
-    return backward.finish()
 
 
 def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float, deterministic: bool) -> Recipe:

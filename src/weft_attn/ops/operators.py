@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weft_attn.errors import Unsupported
-from weft_attn.ops.execute import attention_backward_into, attention_into
+from weft_attn.ops.execute import attention_into, begin_backward
 from weft_attn.ops.plain import is_plain, refuse_tangents, wants_gradient
 from weft_attn.plan.slices import Plan, live_plans
 
@@ -113,10 +113,10 @@ def _backward_op(
     dq = q.new_empty(q.shape) if needs_dq else None
     dk = k.new_empty(k.shape, dtype=dkv_dtype) if needs_dkv else None
     dv = v.new_empty(v.shape, dtype=dkv_dtype) if needs_dkv else None
-    dsinks = attention_backward_into(
+    dsinks = begin_backward(
         torch.zeros_like(out) if dout is None else dout,
         dlse, q, k, v, sinks, out, lse, plan, softmax_scale, softcap, deterministic, dq, dk, dv,
-    )  # fmt: skip
+    ).complete()  # fmt: skip
     return (
         q.new_empty(0) if dq is None else dq,
         k.new_empty(0, dtype=dkv_dtype) if dk is None else dk,

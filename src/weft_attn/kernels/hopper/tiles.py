@@ -213,7 +213,8 @@ def load_keys_and_values(p, memory, step, kv_head, run, n_tiles):
 def _by_neighbours(columns, width):
     """How a warp group holds a (64, columns) tile so that a thread has `width` neighbours of a row, 4 or 8.
 
-    A row stays with the four lanes that hold it as a product, where each has two neighbours of every eight columns.
+    A row stays with the four lanes that hold it as a product, where each has two neighbours of every eight columns. `columns`: a power of
+    two from 32 on.
     """
     bits = [1 << i for i in range(columns.bit_length() - 1)]
     lanes = [8, 4] if width == 4 else [8, 16]
@@ -229,8 +230,8 @@ def _by_neighbours(columns, width):
 def write_rows(ptr, stride_row, tile, first_row, n_rows):
     """Write the first n_rows rows of a (64, columns) product in the dtype of `ptr`, which points at the tensor's row 0, 16 bytes a thread.
 
-    As products hold a row, a thread would write two columns at a time, in four times as many stores, of half a sector each. Lanes
-    exchange one bit of the column at a time: then they do it by shuffles, and both at once would take shared memory.
+    As products hold a row, a thread would write two columns at a time: of 16 bits four times as many stores, of half a sector each, of 32
+    twice as many. Lanes exchange one bit of the column at a time: then they do it by shuffles, and both at once would take shared memory.
     """
     IS_WIDE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth == 32
     values = gl.convert_layout(tile, _by_neighbours(tile.shape[1], 4)).to(ptr.dtype.element_ty)
