@@ -30,17 +30,18 @@ help: ## list the targets
 
 install: $(VENV)/installed ## create .venv with the package, the demo's, tests' and developers' tools
 
+# Not compiled: pip would take as long to compile modules that nobody imports as to install all of them.
 $(VENV)/installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "Weft needs Python 3.11 or later on the path (or PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(if $(USE_SYSTEM_TORCH),--system-site-packages) $(VENV)
-	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet $(TORCH))
-	$(RUN) -m pip install --quiet --editable '.[demo,test,dev]'
-	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet --no-deps $(TRITON))
+	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet --no-compile $(TORCH))
+	$(RUN) -m pip install --quiet --no-compile --editable '.[demo,test,dev]'
+	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet --no-compile --no-deps $(TRITON))
 	touch $@
 
 $(OLD_TRITON_DIR)/installed: $(VENV)/installed
 	rm -rf $(OLD_TRITON_DIR)
-	$(RUN) -m pip install --quiet --no-deps --target $(OLD_TRITON_DIR) $(foreach r,$(OLD_TRITON),'$(r)')
+	$(RUN) -m pip install --quiet --no-compile --no-deps --target $(OLD_TRITON_DIR) $(foreach r,$(OLD_TRITON),'$(r)')
 	touch $@
 
 demo: install ## train a small Llama in one process and on four context-parallel ranks, compare and draw them
