@@ -57,7 +57,7 @@ def test_every_head_dim_matches_the_oracle(dim: int, dim_v: int) -> None:
         check(Case(plan="packed_unequal", size=18, head_dim=dim, head_dim_v=dim_v))
 
 
-# Wide and high ones on the window, whose two sides they cut differently.
+# Each shape on two plans, but the widest; wide and high ones on the window, whose two sides they cut differently.
 TILE_SHAPES = [
     ("packed_window", (16, 32)),
     ("packed_window", (32, 16)),
