@@ -38,11 +38,11 @@ from weft_attn.kernels.hopper.tiles import (
     make_agreement,
     pack_operand,
     product_layout,
-    rescale_rows,
     unpack_operand,
     visible_words,
 )
 from weft_attn.kernels.hopper.turns import await_turn, begin_turns, end_turns, pass_turn
+from weft_attn.kernels.hopper.votes import any_exceeds, begin_votes
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
@@ -50,9 +50,15 @@ from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_sli
 
 # float32's least normal number, rounded up.
 MIN_SCALE = 1.2e-38
-# A row's maximum is taken anew only where a tile exceeds it by so many powers of two, because then everything before is rescaled.
-# Weights are up to 2 ** 8 then instead of 1: no fewer bits, and far from what 16-bit floats hold.
-STALE = gl.constexpr(8.0)
+# What a row's scores are lowered by before it has seen one: with it the first that it sees has an infinite weight.
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+# A row's shift serves while what a thread adds up of a tile is up to this, 2 ** 12: as float32 of PTX, and its bits. A weight is no more
+# then, which 16-bit floats hold, with the rounding that they have at 1; and the largest score so far is no less than the shift.
+LIMIT = gl.constexpr("0f45800000")
+LIMIT_BITS = gl.constexpr(0x45800000)
+# Columns that a row's sum is kept in: a thread has two of them.
+SUMS = gl.constexpr(8)
+SUMS_LAYOUT = gl.constexpr(product_layout(8))
 
 
 @aggregate
@@ -86,9 +92,6 @@ class Problem:
     scores_layout: gl.constexpr
     acc_layout: gl.constexpr
     IN_TURN: gl.constexpr
-    SUMS: gl.constexpr
-    sums_layout: gl.constexpr
-    RESCALES_RARELY: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -118,12 +121,6 @@ class Problem:
         self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
         # Two consumers find opposite phases by themselves.
         self.IN_TURN = gl.constexpr(CONSUMERS > 2)
-        # Columns that a row's sum is kept in. Of 8 a thread has two and adds its own weights to them; where the accumulator fills the
-        # registers there is no room for that.
-        self.SUMS = gl.constexpr(8 if HEAD_DIM <= 128 else 1)
-        self.sums_layout = gl.constexpr(product_layout(8) if HEAD_DIM <= 128 else product_layout(BLOCK_K))
-        # Where rescaling what came before takes as many instructions as the weights; with fewer, the test for it costs more (ADR 21).
-        self.RESCALES_RARELY = gl.constexpr(HEAD_DIM > BLOCK_K)
 
 
 @aggregate
@@ -179,32 +176,40 @@ def _produce(p, memory):
 
 
 @gluon.jit
-def _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED: gl.constexpr):
-    """Weights of a tile of raw products, the running maximum and sums (`_sums`) with it, and what rescales what came before."""
-    if p.HAS_SOFTCAP:
-        scores = cap_scores(scores, p.inner_scale)
-    if IS_MASKED:
-        scores = hide(scores, visible_words(first, stop, col, p.scores_layout), MINUS_INFINITY)
-    # The scale is positive: a hidden score stays -inf, and its weight is 0.
-    tile_max = gl.max(scores, 1) * p.outer_scale
-    new_max = gl.where(tile_max > row_max + STALE, tile_max, row_max) if p.RESCALES_RARELY else gl.maximum(row_max, tile_max)
-    shift = new_max
-    if IS_MASKED:
-        # A row that has seen nothing yet has the maximum -inf: subtract 0, not -inf, from its -inf scores.
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = gl.exp2(scores * p.outer_scale - shift[:, None])
-    rescale = gl.exp2(row_max - shift)
-    row_sum = row_sum * gl.convert_layout(rescale, gl.SliceLayout(1, row_sum.type.layout))[:, None] + _sums(p, weights)
-    return weights, new_max, row_sum, rescale
+def _multiply(p, q_operand, k_tile):
+    """Begin the raw products of the rows with a tile of keys."""
+    no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
+    return warpgroup_mma(q_operand, k_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _sums(p, weights):
-    """(rows, SUMS) sums of a tile's columns; those of 8 columns ask no other thread for anything before the item's end."""
-    if p.SUMS == 1:
-        return gl.sum(weights, 1)[:, None]
-    sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // p.SUMS, p.SUMS]), 1)
-    return gl.convert_layout(sums, p.sums_layout)
+def _as_seen(p, scores, words, IS_MASKED: gl.constexpr):
+    """Raw products capped, and -inf where `words` (`visible_words`) hide them."""
+    if p.HAS_SOFTCAP:
+        scores = cap_scores(scores, p.inner_scale)
+    if IS_MASKED:
+        scores = hide(scores, words, MINUS_INFINITY)
+    return scores
+
+
+@gluon.jit
+def _largest(p, scores):
+    # The scale is positive: a hidden score stays -inf, and its weight is 0.
+    return gl.max(scores, 1) * p.outer_scale
+
+
+@gluon.jit
+def _weigh(p, scores, shift):
+    """Weights of a tile, 2 ** (score - shift), and (rows, SUMS) sums of its columns: a thread adds up its own weights and asks no other."""
+    weights = gl.exp2(scores * p.outer_scale - shift[:, None])
+    sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), 1)
+    return weights, gl.convert_layout(sums, SUMS_LAYOUT)
+
+
+@gluon.jit
+def _rescale_rows(tile, factor):
+    """A tile times a factor for each row."""
+    return tile * gl.convert_layout(factor, gl.SliceLayout(1, tile.type.layout))[:, None]
 
 
 @gluon.jit
@@ -216,42 +221,60 @@ def _clean_values(memory, step, n_valid, cleaned, CONSUMER: gl.constexpr):
 
 @gluon.jit
 def _attend_stream(
-    p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left, n_tiles, cleaned,
+    p, memory, step, q_operand, weights, acc, shift, row_sum, rows, run, col, left, n_tiles, cleaned,
     IS_MASKED: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """The tiles of one stream after the item's first: each product with K runs while the last one's with V does."""
+    """The tiles of one stream after the item's first: each product with K runs while the last one's with V does.
+
+    A row's shift is the largest score of one of its tiles, not of all: whether it still serves is asked of the sums that it makes.
+    """
     for _ in range(n_tiles):
-        no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
         k_tile = memory.k.wait(step)
         if p.IN_TURN:
             await_turn(CONSUMER, p.CONSUMERS)
-        scores = warpgroup_mma(q_operand, k_tile.permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        scores = _multiply(p, q_operand, k_tile)
         acc = warpgroup_mma(unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True)
         if p.IN_TURN:
             pass_turn(CONSUMER, p.CONSUMERS)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        memory.k.release(step)
-        first, stop = rows, rows
+        words = rows
         if IS_MASKED:
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
-        new_weights, row_max, row_sum, rescale = _softmax(p, scores, row_max, row_sum, first, stop, col, IS_MASKED)
+            words = visible_words(first, stop, col, p.scores_layout)
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        new_weights, sums = _weigh(p, _as_seen(p, scores, words, IS_MASKED), shift)
+        exceeds, sums = any_exceeds(sums, LIMIT, CONSUMER, p.CONSUMERS)
+        # Not before the vote: until then this consumer's product with V runs beside its weights.
         acc = warpgroup_mma_wait(0, deps=[acc])
         memory.v.release(step - 1)
-        rescale = gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))
-        acc = rescale_rows(acc, rescale) if p.RESCALES_RARELY else acc * rescale[:, None]
         weights = pack_operand(new_weights, p.v_desc.dtype)
+        if exceeds:
+            # Rarely. The scores' registers hold their weights by now: multiply again.
+            scores = _as_seen(p, warpgroup_mma_wait(0, deps=[_multiply(p, q_operand, k_tile)]), words, IS_MASKED)
+            # The bits of what is not negative have its order, and those of NaN, which no comparison finds, come last.
+            largest_sum = gl.convert_layout(gl.max(sums.to(gl.int32, bitcast=True), 1), shift.type.layout)
+            new_shift = gl.where(largest_sum > LIMIT_BITS, gl.maximum(shift, _largest(p, scores)), shift)
+            new_weights, sums = _weigh(p, scores, new_shift)
+            rescale = gl.exp2(shift - new_shift)
+            shift = new_shift
+            row_sum = _rescale_rows(row_sum, rescale) + sums
+            acc = _rescale_rows(acc, rescale)
+            weights = pack_operand(new_weights, p.v_desc.dtype)
+        else:
+            row_sum += sums
+        memory.k.release(step)
         if IS_MASKED:
             if col_stop - col < p.BLOCK_K:
                 _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
                 cleaned += 1
             run, col, left = next_tile(p.runs_ptr, run, col, left, p.BLOCK_K)
         step += 1
-    return step, weights, acc, row_max, row_sum, cleaned
+    return step, weights, acc, shift, row_sum, cleaned
 
 
 @gluon.jit
 def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule = memory.schedule
+    begin_votes(CONSUMER)
     step = 0
     cleaned = 0
     row_layout: gl.constexpr = gl.SliceLayout(1, p.scores_layout)
@@ -267,17 +290,15 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         col, left = schedule.run(turn, EDGES)
         row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES)
         rows = first_row + gl.arange(0, ROWS, row_layout)
-        row_max = gl.full([ROWS], float("-inf"), gl.float32, row_layout)
-        row_sum = gl.zeros([ROWS, p.SUMS], gl.float32, p.sums_layout)
+        shift = gl.full([ROWS], LOWEST, gl.float32, row_layout)
+        row_sum = gl.zeros([ROWS, SUMS], gl.float32, SUMS_LAYOUT)
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
         q_step = turn * p.CONSUMERS + CONSUMER
         q_tile = memory.q.wait(q_step)
         q_operand = q_tile.load(gl.DotOperandLayout(0, p.scores_layout, 2)) if p.Q_IN_REGISTERS else q_tile
         if edge_tiles + interior_tiles > 0:
             # The item's first tile, with nothing before it. In an interior tile every row sees every column.
-            no_scores = gl.zeros([ROWS, p.BLOCK_K], gl.float32, p.scores_layout)
-            scores = warpgroup_mma(q_operand, memory.k.wait(step).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[scores])
+            scores = warpgroup_mma_wait(0, deps=[_multiply(p, q_operand, memory.k.wait(step))])
             if p.Q_IN_REGISTERS:
                 # Not before: only a product that has used the registers says that what was read from shared memory has come.
                 memory.q.release(q_step)
@@ -286,7 +307,9 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             first, stop, col_stop = interval_in_slice(rows, row_start, row_len, col_start, col_len, lo, hi)
             first = gl.where(is_edge, first, col)
             stop = gl.where(is_edge, stop, col + p.BLOCK_K)
-            weights, row_max, row_sum, _ = _softmax(p, scores, row_max, row_sum, first, stop, col, True)
+            scores = _as_seen(p, scores, visible_words(first, stop, col, p.scores_layout), True)
+            shift = gl.maximum(shift, _largest(p, scores))
+            weights, row_sum = _weigh(p, scores, shift)
             weights = pack_operand(weights, p.v_desc.dtype)
             if is_edge & (col_stop - col < p.BLOCK_K):
                 _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
@@ -294,12 +317,12 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             step += 1
 
             run, col, left = next_tile(p.runs_ptr, edge_run, col, left, p.BLOCK_K)
-            step, weights, acc, row_max, row_sum, cleaned = _attend_stream(
-                p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left,
+            step, weights, acc, shift, row_sum, cleaned = _attend_stream(
+                p, memory, step, q_operand, weights, acc, shift, row_sum, rows, run, col, left,
                 gl.maximum(edge_tiles - 1, 0), cleaned, True, CONSUMER,
             )  # fmt: skip
-            step, weights, acc, row_max, row_sum, cleaned = _attend_stream(
-                p, memory, step, q_operand, weights, acc, row_max, row_sum, rows, run, col, left,
+            step, weights, acc, shift, row_sum, cleaned = _attend_stream(
+                p, memory, step, q_operand, weights, acc, shift, row_sum, rows, run, col, left,
                 gl.where(is_edge, interior_tiles, interior_tiles - 1), cleaned, False, CONSUMER,
             )  # fmt: skip
             acc = warpgroup_mma(
@@ -310,7 +333,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         elif p.Q_IN_REGISTERS:
             memory.q.release(q_step)
         row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_layout)
-        _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER)
+        _write(p, memory, acc, shift, row_sum, rows, first_row, n_rows, head, CONSUMER)
         if not p.Q_IN_REGISTERS:
             # The result left through q's memory, which a ragged tile is read back from.
             tma.store_wait(pendings=0)
@@ -327,23 +350,22 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _write(p, memory, acc, row_max, row_sum, rows, first_row, n_rows, head, CONSUMER: gl.constexpr):
+def _write(p, memory, acc, shift, row_sum, rows, first_row, n_rows, head, CONSUMER: gl.constexpr):
     """Normalise and write 64 rows of out and lse: through the copy engine, or by rows where the tile is ragged."""
     if p.HAS_SINKS:
         sink_log2 = gl.load(p.sinks_ptr + head) * layout.LOG2_E
-        new_max = gl.maximum(row_max, sink_log2)
-        shift = gl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale = gl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + gl.exp2(sink_log2 - shift)
-        acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, p.acc_layout))[:, None]
-        row_max = new_max
+        new_shift = gl.maximum(shift, sink_log2)
+        rescale = gl.exp2(shift - new_shift)
+        row_sum = row_sum * rescale + gl.exp2(sink_log2 - new_shift)
+        acc = _rescale_rows(acc, rescale)
+        shift = new_shift
     sees_nothing = row_sum == 0
     share = 1.0 / gl.where(sees_nothing, 1.0, row_sum)
-    lse = gl.where(sees_nothing, float("-inf"), (row_max + gl.log2(row_sum)) * layout.LN_2)
+    lse = gl.where(sees_nothing, float("-inf"), (shift + gl.log2(row_sum)) * layout.LN_2)
     is_row = rows < first_row + n_rows
     gl.store(p.lse_ptr + head.to(gl.int64) * p.stride_lse_h + rows, lse, mask=is_row)
 
-    out_tile = (acc * gl.convert_layout(share, gl.SliceLayout(1, p.acc_layout))[:, None]).to(p.out_desc.dtype)
+    out_tile = _rescale_rows(acc, share).to(p.out_desc.dtype)
     out_smem = memory.out.index(CONSUMER)
     # The last item's tile must have left before this one comes.
     tma.store_wait(pendings=0)
