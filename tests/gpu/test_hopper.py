@@ -228,7 +228,7 @@ def test_keys_beyond_an_item_have_no_infinite_weights(dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
-    """At head dim 256 what came before is rescaled only where a tile's maximum is far above the one before it."""
+    """What came before is rescaled only where a tile's scores are far above the one that its rows' are lowered by."""
     case = replace(MAIN, head_dim=dim, dtype=dtype, size=1500)
     plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=True)
     for sizes in (torch.arange(1500) // 64 * 0.3, 8.0 * (torch.arange(1500) % 700 > 500), 6.0 - torch.arange(1500) / 250):
@@ -237,6 +237,39 @@ def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle
         with override(*rows_of(case)):
             found = evaluate(lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, return_lse=True), inputs)  # type: ignore[arg-type]
         assert_matches_oracle(found, case, plan, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_scores_that_rise_beyond_the_limit_in_every_tile_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
+    """By 20 powers of two from one tile to the next: each of them is weighed again, masked or not."""
+    case = replace(MAIN, head_dim=dim, dtype=dtype, size=1500)
+    plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=True)
+    inputs = make_inputs(case, plan, DEVICE)
+    inputs.q.mul_(0.05).add_(1.0)
+    step = torch.arange(1500, device=DEVICE) % 700 // 64
+    inputs.k.mul_(0.05).add_((step * 20 * math.log(2) / math.sqrt(dim))[:, None, None])
+    with override(*rows_of(case)):
+        found = evaluate(lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, return_lse=True), inputs)  # type: ignore[arg-type]
+    assert_matches_oracle(found, case, plan, inputs)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_row_is_the_same_to_the_bit_beside_rows_that_are_weighed_again(dim: int) -> None:
+    case = replace(MAIN, head_dim=dim, size=1500)
+    plan = weft.Plan.from_cu_seqlens([0, 1500], [0, 1500], causal=True)
+    x = make_inputs(case, plan, DEVICE)
+    x.k.mul_((1 + torch.arange(1500, device=DEVICE) / 250)[:, None, None])
+    others = torch.arange(1500, device=DEVICE) % 64 < 8
+    results = []
+    for scale in (0.01, 1.0, 10.0):
+        q = torch.where(others[:, None, None], x.q * scale, x.q)
+        with override(*rows_of(case)):
+            results.append(weft.plan_attention(q, x.k, x.v, plan, return_lse=True))
+    for out, lse in results[1:]:
+        assert not torch.equal(out, results[0][0])
+        assert torch.equal(out[~others], results[0][0][~others])
+        assert torch.equal(lse[:, ~others], results[0][1][:, ~others])
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name not in ("no_rows", "no_keys")])

@@ -42,7 +42,7 @@ from weft_attn.kernels.hopper.tiles import (
     visible_words,
 )
 from weft_attn.kernels.hopper.turns import await_turn, begin_turns, end_turns, pass_turn
-from weft_attn.kernels.hopper.votes import any_exceeds, begin_votes
+from weft_attn.kernels.hopper.votes import BALLOT, COLUMNS, any_exceeds, begin_votes
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 from weft_attn.kernels.triton.tiles import cap_scores
@@ -50,15 +50,13 @@ from weft_attn.kernels.triton.visibility import interval_in_run, interval_in_sli
 
 # float32's least normal number, rounded up.
 MIN_SCALE = 1.2e-38
-# What a row's scores are lowered by before it has seen one: with it the first that it sees has an infinite weight.
+# A row's shift is what its scores are lowered by: the largest one of a tile that it has seen, in powers of two. Before the first, this:
+# the first score that the row sees has an infinite weight then.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-# A row's shift serves while what a thread adds up of a tile is up to this, 2 ** 12: as float32 of PTX, and its bits. A weight is no more
-# then, which 16-bit floats hold, with the rounding that they have at 1; and the largest score so far is no less than the shift.
+# The shift serves while what a thread adds up of a tile is up to this, 2 ** 12, as float32 of PTX and its bits: 16-bit floats hold such
+# weights, with the rounding that they have at 1. The row's largest score is never below the shift, so that its weight is 1 or more.
 LIMIT = gl.constexpr("0f45800000")
 LIMIT_BITS = gl.constexpr(0x45800000)
-# Columns that a row's sum is kept in: a thread has two of them.
-SUMS = gl.constexpr(8)
-SUMS_LAYOUT = gl.constexpr(product_layout(8))
 
 
 @aggregate
@@ -200,10 +198,11 @@ def _largest(p, scores):
 
 @gluon.jit
 def _weigh(p, scores, shift):
-    """Weights of a tile, 2 ** (score - shift), and (rows, SUMS) sums of its columns: a thread adds up its own weights and asks no other."""
+    """Weights of a tile, 2 ** (score - shift), and their sums by rows, what each thread adds up: it asks no other before the item's end."""
     weights = gl.exp2(scores * p.outer_scale - shift[:, None])
-    sums = gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // SUMS, SUMS]), 1)
-    return weights, gl.convert_layout(sums, SUMS_LAYOUT)
+    # A thread has the neighbours 8 j + {0, 1} from its first column on.
+    sums = gl.sum(gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // (2 * COLUMNS), COLUMNS, 2]), 3), 1)
+    return weights, gl.convert_layout(sums, BALLOT)
 
 
 @gluon.jit
@@ -226,7 +225,7 @@ def _attend_stream(
 ):  # fmt: skip
     """The tiles of one stream after the item's first: each product with K runs while the last one's with V does.
 
-    A row's shift is the largest score of one of its tiles, not of all: whether it still serves is asked of the sums that it makes.
+    Nobody looks for the largest score of a tile: whether the rows' shifts still serve is asked of the sums that they make (docs/adr/0033).
     """
     for _ in range(n_tiles):
         k_tile = memory.k.wait(step)
@@ -248,7 +247,8 @@ def _attend_stream(
         memory.v.release(step - 1)
         weights = pack_operand(new_weights, p.v_desc.dtype)
         if exceeds:
-            # Rarely. The scores' registers hold their weights by now: multiply again.
+            # Rarely. The scores' registers hold their weights by now: multiply again. A row whose own sums are small keeps its shift, so
+            # that its result is the same whatever its neighbours are.
             scores = _as_seen(p, warpgroup_mma_wait(0, deps=[_multiply(p, q_operand, k_tile)]), words, IS_MASKED)
             # The bits of what is not negative have its order, and those of NaN, which no comparison finds, come last.
             largest_sum = gl.convert_layout(gl.max(sums.to(gl.int32, bitcast=True), 1), shift.type.layout)
@@ -285,13 +285,12 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        head = schedule.head(turn)
-        first_row, n_rows, edge_run, edge_tiles, _interior_run, interior_tiles = schedule.item(turn, CONSUMER)
+        first_row, _n_rows, edge_run, edge_tiles, _interior_run, interior_tiles = schedule.item(turn, CONSUMER)
         col, left = schedule.run(turn, EDGES)
         row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES)
         rows = first_row + gl.arange(0, ROWS, row_layout)
         shift = gl.full([ROWS], LOWEST, gl.float32, row_layout)
-        row_sum = gl.zeros([ROWS, SUMS], gl.float32, SUMS_LAYOUT)
+        row_sum = gl.zeros([ROWS, COLUMNS], gl.float32, BALLOT)
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
         q_step = turn * p.CONSUMERS + CONSUMER
         q_tile = memory.q.wait(q_step)
@@ -333,6 +332,10 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
         elif p.Q_IN_REGISTERS:
             memory.q.release(q_step)
         row_sum = gl.convert_layout(gl.sum(row_sum, 1), row_layout)
+        # Read once more: the loops have a use for the registers.
+        head = schedule.head(turn)
+        first_row, n_rows, _edge_run, _edge_tiles, _interior_run, _interior_tiles = schedule.item(turn, CONSUMER)
+        rows = first_row + gl.arange(0, ROWS, row_layout)
         _write(p, memory, acc, shift, row_sum, rows, first_row, n_rows, head, CONSUMER)
         if not p.Q_IN_REGISTERS:
             # The result left through q's memory, which a ragged tile is read back from.

@@ -80,31 +80,9 @@ def unpack_operand(words, dtype: gl.constexpr, product: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _scale_unless_one(values):
-    """PTX: so many values of a thread, in pairs of two rows by turns, times their factors, unless all factors of the warp are 1."""
-    factor = 2 * values
-    products = " ".join(f"mul.f32 ${i}, ${i}, ${factor + i};" for i in range(values))
-    return (
-        "{ .reg .pred one, other; "
-        f"setp.neu.f32 one, ${factor}, 0f3F800000; setp.neu.f32 other, ${factor + 2}, 0f3F800000; "
-        "or.pred one, one, other; vote.sync.any.pred one, one, 0xffffffff; @!one bra.uni UNSCALED${:uid}; "
-        f"{products} UNSCALED${{:uid}}: }}"
-    )
-
-
-@gluon.constexpr_function
 def _in_place(values, second):
     """Constraints of as many results that take the registers of the first operands, and as many second operands."""
     return ",".join(["=f"] * values + [str(i) for i in range(values)] + [second] * values)
-
-
-@gluon.jit
-def rescale_rows(acc, factor):
-    """A (64, columns) product times a factor for each row, which is nearly always 1: a warp whose 16 are skips the products."""
-    VALUES: gl.constexpr = acc.shape[1] // 2
-    return gl.inline_asm_elementwise(
-        _scale_unless_one(VALUES), _in_place(VALUES, "f"), [acc, factor[:, None]], dtype=gl.float32, is_pure=True, pack=VALUES
-    )
 
 
 @triton.jit
