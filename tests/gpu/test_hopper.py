@@ -239,12 +239,13 @@ def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle
         assert_matches_oracle(found, case, plan, inputs)
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_scores_that_rise_beyond_the_limit_in_every_tile_match_the_oracle(dim: int, dtype: torch.dtype) -> None:
+def test_scores_that_rise_beyond_the_limit_in_every_tile_match_the_oracle(dim: int, dtype: torch.dtype, causal: bool) -> None:
     """By 20 powers of two from one tile to the next: each of them is weighed again, masked or not."""
     case = replace(MAIN, head_dim=dim, dtype=dtype, size=1500)
-    plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=True)
+    plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=causal)
     inputs = make_inputs(case, plan, DEVICE)
     inputs.q.mul_(0.05).add_(1.0)
     step = torch.arange(1500, device=DEVICE) % 700 // 64
