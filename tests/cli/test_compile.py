@@ -25,7 +25,7 @@ from weft_attn.kernels import matrix
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.tiles import product_layout, write_rows
 from weft_attn.kernels.matrix import Outcome, Variant, call_of, compile_variant, variants
-from weft_attn.kernels.offline import compile_call
+from weft_attn.kernels.offline import Compiled, compile_call
 from weft_attn.launch.config import (
     CONFIGS,
     DeltaConfig,
@@ -84,41 +84,62 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
         assert compile_variant(variant).faults(MAX_SPILL) == [], variant
 
 
-def test_three_consumers_pass_turns_on_at_barriers_of_their_own() -> None:
-    """In the forward of head dim 64, which `--quick` leaves out."""
-    rows = [row for table in tables() for row in table.rows if isinstance(row.config, HopperForwardConfig)]
-    configs = {row.config for row in rows if row.config.consumers == 3}
-    assert {config.cluster for config in configs} == {1, 2}
-    for config, all_features in itertools.product(configs, (False, True)):
-        variant = replace(HOPPER, config=config, head_dim=64, all_features=all_features)
-        compiled = compile_call(call_of(variant), "sm_90")
-        assert not compiled.undefined_reads
-        assert not compiled.idle_barriers
-        assert compiled.spilled_bytes <= 176
-        told = re.findall(r"barrier\.(sync|arrive)\.aligned (\d+), (\d+);", compiled.assembly)
-        assert {(int(barrier), int(threads)) for _, barrier, threads in told} == {(13, 256), (14, 256), (15, 256)}
-        # Edge tiles and interior tiles of each; the last one begins the first round, whose first one ends the last.
-        assert Counter((operation, barrier) for operation, barrier, _ in told) == Counter(
-            {
-                (operation, barrier): 3 if barrier == "13" else 2
-                for operation in ("sync", "arrive")
-                for barrier in ("13", "14", "15")
-            }
-        )
-        turns = [(int(a), int(b)) for (one, a, _), (two, b, _) in pairwise(told) if (one, two) == ("sync", "arrive")]
-        assert len(turns) >= 6
-        assert all(to == 13 + (by - 13 + 1) % 3 for by, to in turns), "to the one after"
-        others = set(re.findall(r"(?:bar|barrier)\.sync\s+(\d+)", compiled.assembly))
-        assert not others & {"13", "14", "15"}
+ON_HOPPER = {
+    row.config: row.head_dim
+    for table in tables()
+    for row in table.rows
+    if isinstance(row.config, HopperForwardConfig)
+    or (isinstance(row.config, HopperBackwardDqConfig) and row.config.cluster == 2)
+}
 
 
-FORWARDS = {row.config: row.head_dim for table in tables() for row in table.rows if isinstance(row.config, HopperForwardConfig)}
+def test_what_is_read_of_machine_code_below_is_in_the_tables() -> None:
+    forwards = [config for config in ON_HOPPER if isinstance(config, HopperForwardConfig)]
+    assert {(config.consumers, config.cluster) for config in forwards} == {(2, 1), (2, 2), (3, 1), (3, 2)}
+    assert {type(config) for config in ON_HOPPER if config.cluster == 2} == {HopperForwardConfig, HopperBackwardDqConfig}
 
 
-@pytest.mark.parametrize("config", FORWARDS, ids=lambda config: f"{FORWARDS[config]}-{config.consumers}-{config.cluster}")
-def test_consumers_vote_at_barriers_of_their_own(config: HopperForwardConfig) -> None:
-    compiled = compile_call(call_of(replace(HOPPER, config=config, head_dim=FORWARDS[config])), "sm_90")
-    text, consumers = compiled.assembly, config.consumers
+@pytest.mark.parametrize(
+    "config", ON_HOPPER, ids=lambda config: f"{config.kernel}-{ON_HOPPER[config]}-{config.cut[0]}-{config.cluster}"
+)
+def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> None:
+    """Barriers of their own, registers of their own, parameters by name: the compiler knows nothing of them. One compilation for all."""
+    call = call_of(replace(HOPPER, kernel=config.kernel, config=config, head_dim=ON_HOPPER[config]))
+    compiled = compile_call(call, "sm_90")
+    if isinstance(config, HopperForwardConfig):
+        check_votes(config, compiled.assembly)
+        if config.consumers == 3:
+            check_turns(compiled)
+            check_turns(compile_call(call_of(replace(HOPPER, config=config, head_dim=64, all_features=True)), "sm_90"))
+    if config.cluster == 2:
+        check_fetches(config, call, compiled)
+
+
+def check_turns(compiled: Compiled) -> None:
+    """Three consumers pass turns on."""
+    assert not compiled.undefined_reads
+    assert not compiled.idle_barriers
+    assert compiled.spilled_bytes <= 176
+    told = re.findall(r"barrier\.(sync|arrive)\.aligned (\d+), (\d+);", compiled.assembly)
+    assert {(int(barrier), int(threads)) for _, barrier, threads in told} == {(13, 256), (14, 256), (15, 256)}
+    # Edge tiles and interior tiles of each; the last one begins the first round, whose first one ends the last.
+    assert Counter((operation, barrier) for operation, barrier, _ in told) == Counter(
+        {
+            (operation, barrier): 3 if barrier == "13" else 2
+            for operation in ("sync", "arrive")
+            for barrier in ("13", "14", "15")
+        }
+    )
+    turns = [(int(a), int(b)) for (one, a, _), (two, b, _) in pairwise(told) if (one, two) == ("sync", "arrive")]
+    assert len(turns) >= 6
+    assert all(to == 13 + (by - 13 + 1) % 3 for by, to in turns), "to the one after"
+    others = set(re.findall(r"(?:bar|barrier)\.sync\s+(\d+)", compiled.assembly))
+    assert not others & {"13", "14", "15"}
+
+
+def check_votes(config: HopperForwardConfig, text: str) -> None:
+    """Consumers vote, each at a barrier and in a register of its own."""
+    consumers = config.consumers
     voters = [str(consumer) for consumer in range(consumers)]
     assert sorted(re.findall(r"\.reg \.pred weft_vote_(\d);", text)) == voters, "each is declared once"
     votes = re.findall(r"barrier\.red\.or\.pred\.aligned weft_vote_(\d), (\d+), (\d+), mine;", text)
@@ -131,20 +152,9 @@ def test_consumers_vote_at_barriers_of_their_own(config: HopperForwardConfig) ->
     assert not {barrier for _, barrier, _ in votes} & set(re.findall(r"(?:bar|barrier)\.(?:sync|arrive)\S*\s+(\d+)", text))
 
 
-PAIRS = {
-    row.config: row.head_dim
-    for table in tables()
-    for row in table.rows
-    if isinstance(row.config, HopperForwardConfig | HopperBackwardDqConfig) and row.config.cluster == 2
-}
-
-
-@pytest.mark.parametrize("config", PAIRS, ids=lambda config: f"{config.kernel}-{PAIRS[config]}")
-def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None:
-    """What PTX says by name is what the kernel's arguments are: the compiler knows nothing of either."""
-    call = call_of(replace(HOPPER, kernel=config.kernel, config=config, head_dim=PAIRS[config]))
+def check_fetches(config: HopperConfig, call: KernelCall, compiled: Compiled) -> None:
+    """Pairs fetch the tiles of K and V for both: what PTX says by name is what the kernel's arguments are."""
     assert call.cluster == 2
-    compiled = compile_call(call, "sm_90")
     text = compiled.assembly
     descriptors = [name for name in call.kernel.arg_names if name.endswith("_desc")]
     assert call.kernel.arg_names[: len(descriptors)] == descriptors, "parameters are counted from the first on"
@@ -157,7 +167,7 @@ def test_pairs_fetch_the_tiles_of_k_and_v_for_both(config: HopperConfig) -> None
     assert set(named) == {f"{call.kernel.__name__}_param_{5 * descriptors.index(name)}" for name in ("k_desc", "v_desc")}
     assert all(sizes[parameter] == "128" for parameter in named), "a descriptor, and nothing else, has 128 bytes"
     # Each box of 64 columns, of the stream of edge tiles and of that of interior ones.
-    assert set(named.values()) == {2 * PAIRS[config] // 64}
+    assert set(named.values()) == {2 * ON_HOPPER[config] // 64}
     # Triton fetches those before them: q, and what dQ needs beside it.
     of_triton = set(re.findall(r"complete_tx::bytes \[[^\]]*\], \[(%rd\d+)", text))
     assert len(of_triton) == descriptors.index("k_desc")
