@@ -6,17 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 import weft_attn as weft
+from weft_attn.kernels.triton.layout import ITEM_EDGE_TILES
 from weft_attn.launch import override
 from weft_attn.launch.config import HopperConfig, HopperForwardConfig, LaunchConfig
 from weft_attn.launch.device import device_of
 from weft_attn.launch.select import DKDV_KERNELS, DQ_KERNELS, FORWARD_KERNELS, Problem, select_first, select_fused
 from weft_attn.ops import attention_into, begin_backward
 from weft_attn.plan import in_turn
+from weft_attn.plan.stream import Tiling, host_stream
 from weft_attn.testing.cases import PLANS, Case, make_inputs
 from weft_attn.testing.compare import assert_matches_oracle, evaluate
 
@@ -239,38 +242,64 @@ def test_rows_whose_largest_score_rises_slowly_and_then_at_once_match_the_oracle
         assert_matches_oracle(found, case, plan, inputs)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+def most_edge_tiles(plan: weft.Plan, rows: list[LaunchConfig]) -> int:
+    """Of an item of the forward."""
+    config = next(row for row in rows if isinstance(row, HopperForwardConfig))
+    return int(host_stream(plan, Tiling(*config.cut)).items[:, ITEM_EDGE_TILES.value].max())
+
+
+# Items without edge tiles; with two and more, where the last one has the largest scores.
+RISING = {
+    "interior": (weft.Plan.from_cu_seqlens([0, 640, 1408], [0, 640, 1408]), 640),
+    "edges": (weft.Plan.dense(1, 1408, 1500, causal=True), 1500),
+    "window": (weft.Plan.dense(1, 1408, 1500, causal=True, window=(300, 0)), 1500),
+}
+
+
+@pytest.mark.parametrize("features", [{}, {"softcap": 200.0}, {"sinks": True}], ids=["plain", "softcap", "sinks"])
+@pytest.mark.parametrize("name", RISING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_scores_that_rise_beyond_the_limit_in_every_tile_match_the_oracle(dim: int, dtype: torch.dtype, causal: bool) -> None:
-    """By 20 powers of two from one tile to the next: each of them is weighed again, masked or not."""
-    case = replace(MAIN, head_dim=dim, dtype=dtype, size=1500)
-    plan = weft.Plan.from_cu_seqlens([0, 700, 1500], [0, 700, 1500], causal=causal)
+def test_scores_that_rise_beyond_the_limit_match_the_oracle(
+    dim: int, dtype: torch.dtype, name: str, features: dict[str, Any]
+) -> None:
+    """By 20 powers of two every 64 keys: interior tiles are weighed again one after the other, and edge tiles after an item's first."""
+    plan, document = RISING[name]
+    case = replace(MAIN, head_dim=dim, dtype=dtype, **features)
+    rows = rows_of(case)
+    most = most_edge_tiles(plan, rows)
+    assert most == 0 if name == "interior" else most > 1
     inputs = make_inputs(case, plan, DEVICE)
     inputs.q.mul_(0.05).add_(1.0)
-    step = torch.arange(1500, device=DEVICE) % 700 // 64
+    step = torch.arange(plan.total_k, device=DEVICE) % document // 64
     inputs.k.mul_(0.05).add_((step * 20 * math.log(2) / math.sqrt(dim))[:, None, None])
-    with override(*rows_of(case)):
-        found = evaluate(lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, return_lse=True), inputs)  # type: ignore[arg-type]
+    if inputs.sinks is not None:
+        inputs.sinks[0], inputs.sinks[1] = -math.inf, 100.0
+    with override(*rows):
+        found = evaluate(
+            lambda q, k, v, sinks: weft.plan_attention(q, k, v, plan, sinks=sinks, return_lse=True, **case.options),  # type: ignore[arg-type]
+            inputs,
+        )
     assert_matches_oracle(found, case, plan, inputs)
 
 
+@pytest.mark.parametrize("name", RISING)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_a_row_is_the_same_to_the_bit_beside_rows_that_are_weighed_again(dim: int) -> None:
-    case = replace(MAIN, head_dim=dim, size=1500)
-    plan = weft.Plan.from_cu_seqlens([0, 1500], [0, 1500], causal=True)
-    x = make_inputs(case, plan, DEVICE)
-    x.k.mul_((1 + torch.arange(1500, device=DEVICE) / 250)[:, None, None])
-    others = torch.arange(1500, device=DEVICE) % 64 < 8
+def test_a_row_is_the_same_to_the_bit_beside_rows_that_are_weighed_again(dim: int, name: str) -> None:
+    plan, document = RISING[name]
+    x = make_inputs(replace(MAIN, head_dim=dim), plan, DEVICE)
+    step = torch.arange(plan.total_k, device=DEVICE) % document // 64
+    x.k.mul_(0.05).add_((step * 20 * math.log(2) / math.sqrt(dim))[:, None, None])
+    others = torch.arange(plan.total_q, device=DEVICE) % 64 < 8
     results = []
-    for scale in (0.01, 1.0, 10.0):
-        q = torch.where(others[:, None, None], x.q * scale, x.q)
-        with override(*rows_of(case)):
+    for size in (0.0, 1.0):
+        # Rows that see scores alike beside such rows, and beside rows whose scores rise in every tile.
+        q = torch.where(others[:, None, None], torch.full_like(x.q, size), x.q * 0.01)
+        with override(*rows_of(replace(MAIN, head_dim=dim))):
             results.append(weft.plan_attention(q, x.k, x.v, plan, return_lse=True))
-    for out, lse in results[1:]:
-        assert not torch.equal(out, results[0][0])
-        assert torch.equal(out[~others], results[0][0][~others])
-        assert torch.equal(lse[:, ~others], results[0][1][:, ~others])
+    (out, lse), (beside_out, beside_lse) = results
+    assert torch.equal(out[~others], beside_out[~others])
+    assert torch.equal(lse[:, ~others], beside_lse[:, ~others])
 
 
 @pytest.mark.parametrize("name", [name for name in PLANS if name not in ("no_rows", "no_keys")])

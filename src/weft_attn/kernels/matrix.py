@@ -21,7 +21,7 @@ import triton
 
 from weft_attn.errors import Unsupported, require
 from weft_attn.kernels.call import KernelCall
-from weft_attn.kernels.offline import compile_call
+from weft_attn.kernels.offline import Compiled, compile_call
 from weft_attn.launch.config import (
     CONFIGS,
     CombineConfig,
@@ -358,6 +358,11 @@ def compile_variant(variant: Variant) -> Outcome:
         compiled = compile_call(call_of(variant), variant.arch)
     except Exception as error:  # noqa: BLE001 (Triton, LLVM and assemblers raise what they like; it is the outcome)
         return Outcome(variant, error=_in_a_line(error))
+    return outcome_of(variant, compiled)
+
+
+def outcome_of(variant: Variant, compiled: Compiled) -> Outcome:
+    """What became of a variant that compiled."""
     return Outcome(
         variant,
         compiled.registers,

@@ -15,7 +15,7 @@ from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 OCCUPIED = 0.8
 # An item shorter than this is mostly start-up and combining.
 MIN_TILES = 4
-# Rows that a multiprocessor may go through in wide items, over those in narrow ones: three consumers gain 1.5 to 9% (docs/adr/0022).
+# Rows that a multiprocessor may go through in wide items, over those in narrow ones: three consumers gained 1.5 to 9% when this was measured (docs/adr/0022).
 PADDING = 1.04
 
 

@@ -31,14 +31,14 @@ def _declare(consumer):
 
 @gluon.constexpr_function
 def _vote(consumer, consumers, limit):
-    """PTX: whether one of a thread's two values is beyond the limit or no number; all of the warp group know of each other; the values.
+    """PTX: whether one of a thread's two values is beyond the limit or no number; all of the warp group know of each other; the values stay.
 
     Its barriers come before those of `turns.py`.
     """
     barrier = BARRIERS.value - 2 * consumers + consumer
     return (
-        f"{{ .reg .pred mine; setp.gtu.f32 mine, $2, {limit}; setp.gtu.or.f32 mine, $3, {limit}, mine; "
-        f"barrier.red.or.pred.aligned {_register(consumer)}, {barrier}, {THREADS.value}, mine; mov.b32 $0, $2; mov.b32 $1, $3; }}"
+        f"{{ .reg .pred mine; setp.gtu.f32 mine, $0, {limit}; setp.gtu.or.f32 mine, $1, {limit}, mine; "
+        f"barrier.red.or.pred.aligned {_register(consumer)}, {barrier}, {THREADS.value}, mine; }}"
     )
 
 
@@ -59,6 +59,6 @@ def any_exceeds(values, LIMIT: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: 
     values, which nobody uses before the vote if they use these.
     """
     values = gl.inline_asm_elementwise(
-        _vote(CONSUMER, CONSUMERS, LIMIT), "=f,=f,f,f", [values], dtype=gl.float32, is_pure=False, pack=2
+        _vote(CONSUMER, CONSUMERS, LIMIT), "=f,=f,0,1", [values], dtype=gl.float32, is_pure=False, pack=2
     )
     return gl.inline_asm_elementwise(_read(CONSUMER), "=r", [], dtype=gl.int32, is_pure=False, pack=1) != 0, values
