@@ -153,7 +153,8 @@ def check_votes(config: HopperForwardConfig, text: str) -> None:
     order = re.findall(r"\b(red|selp)\.[^;]*weft_vote_(\d)", text)
     assert order == [(what, c) for c, _, _ in votes for what in ("red", "selp")]
     others = set(re.findall(r"\b(?:bar|barrier)(?:\.cta)?\.(?:sync|arrive)\S*\s+(\w+)", text))
-    assert others and others <= {str(barrier) for barrier in range(16)}, "Triton's and those of turns, by number"
+    assert others, "Triton's, and those of turns"
+    assert others <= {str(barrier) for barrier in range(16)}, "by number"
     assert not {barrier for _, barrier, _ in votes} & others
 
 
