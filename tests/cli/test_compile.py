@@ -95,7 +95,7 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
         assert compile_variant(variant).faults(MAX_SPILL) == [], variant
 
 
-def test_what_is_read_of_machine_code_below_is_in_the_tables() -> None:
+def test_the_tables_have_every_kind_whose_ptx_is_read() -> None:
     forwards = [config for config in ON_HOPPER if isinstance(config, HopperForwardConfig)]
     assert {(config.consumers, config.cluster) for config in forwards} == {(2, 1), (2, 2), (3, 1), (3, 2)}
     assert {type(config) for config in ON_HOPPER if config.cluster == 2} == {HopperForwardConfig, HopperBackwardDqConfig}
@@ -121,8 +121,8 @@ def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> 
 
 
 def check_turns(compiled: Compiled) -> None:
-    """Three consumers pass turns on."""
-    assert compiled.spilled_bytes <= 176
+    """Three consumers pass turns on, and spill little: what is timed is compiled by 3.6, newer assemblers copy packed weights (docs/adr/0033)."""
+    assert compiled.spilled_bytes <= (24 if triton.__version__.startswith("3.6.") else 176)
     told = re.findall(r"barrier\.(sync|arrive)\.aligned (\d+), (\d+);", compiled.assembly)
     assert {(int(barrier), int(threads)) for _, barrier, threads in told} == {(13, 256), (14, 256), (15, 256)}
     # Edge tiles and interior tiles of each; the last one begins the first round, whose first one ends the last.

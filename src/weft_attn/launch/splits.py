@@ -15,7 +15,8 @@ from weft_attn.plan.stream import DeviceStream, Tiling, count_items
 OCCUPIED = 0.8
 # An item shorter than this is mostly start-up and combining.
 MIN_TILES = 4
-# Rows that a multiprocessor may go through in wide items, over those in narrow ones: three consumers gained 1.5 to 9% when this was measured (docs/adr/0022).
+# Rows that a multiprocessor may go through in wide items, over those in narrow ones: three consumers gained 1.5 to 9% when this was
+# measured (docs/adr/0022), and gain more since docs/adr/0033.
 PADDING = 1.04
 
 

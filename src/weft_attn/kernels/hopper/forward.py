@@ -235,7 +235,7 @@ def _attend_stream(
         acc = warpgroup_mma(unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True)
         if p.IN_TURN:
             pass_turn(CONSUMER, p.CONSUMERS)
-        words = rows
+        words = rows  # Never read where nothing is hidden; a name needs a value.
         if IS_MASKED:
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             words = visible_words(first, stop, col, p.scores_layout)
