@@ -53,6 +53,8 @@ MIN_SCALE = 1.2e-38
 # A row's shift is what its scores are lowered by: the largest one of a tile that it has seen, in powers of two. Before the first, this:
 # the first score that the row sees has an infinite weight then.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
+# The shift of what is no row of the item: its weights are 0, whatever it is, so that no vote is lost for it.
+HIGHEST = gl.constexpr(3.4028234663852886e38)
 # The shift serves while what a thread adds up of a tile is up to this, 2 ** 12, as bits of float32 and as PTX has it: 16-bit floats hold such
 # weights, with the rounding that they have at 1. The row's largest score is never below the shift, so that its weight is 1 or more.
 LIMIT_BITS = gl.constexpr(0x45800000)
@@ -285,11 +287,11 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
-        first_row, _n_rows, edge_run, edge_tiles, _interior_run, interior_tiles = schedule.item(turn, CONSUMER)
+        first_row, n_rows, edge_run, edge_tiles, _interior_run, interior_tiles = schedule.item(turn, CONSUMER)
         col, left = schedule.run(turn, EDGES)
         row_start, row_len, col_start, col_len, lo, hi = schedule.slice_of_run(turn, EDGES)
         rows = first_row + gl.arange(0, ROWS, row_layout)
-        shift = gl.full([ROWS], LOWEST, gl.float32, row_layout)
+        shift = gl.where(rows < first_row + n_rows, LOWEST, HIGHEST)
         row_sum = gl.zeros([ROWS, COLUMNS], gl.float32, BALLOT)
         acc = gl.zeros([ROWS, p.HEAD_DIM], gl.float32, p.acc_layout)
         q_step = turn * p.CONSUMERS + CONSUMER
