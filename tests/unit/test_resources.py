@@ -72,8 +72,9 @@ def test_the_threads_of_a_hopper_kernel_share_its_registers() -> None:
     three = replace(two, consumers=3, consumer_registers=160)
     assert shortfall(three, Shape(64, 64, 16), hopper) == "expected at most 128 max_registers for 512 threads, given 168"
     assert shortfall(replace(three, max_registers=128), Shape(64, 64, 16), hopper) == ""
-    wide = HopperBackwardConfig(block_q=64, block_k=64, num_warps=4, num_stages=2)
-    assert "512 threads" in shortfall(wide, Shape(256, 256, 16), hopper)
+    for dim, block_k, threads in ((64, 128, 512), (128, 128, 384), (256, 64, 512)):
+        of_dim = HopperBackwardConfig(block_q=64, block_k=block_k, num_warps=4, num_stages=2, max_registers=176)
+        assert f"max_registers for {threads} threads" in shortfall(of_dim, Shape(dim, dim, 16), hopper)
 
 
 def test_what_is_lacking_is_said_in_words() -> None:
@@ -97,9 +98,11 @@ def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
 
 def test_the_fused_backward_needs_two_stages_and_the_items_of_its_head_dim() -> None:
     h200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
-    for dim, block_k, registers in ((64, 128, 168), (128, 128, 168), (256, 64, 128)):
+    for dim, block_k, registers in ((64, 128, 128), (128, 128, 168), (256, 64, 128)):
         shape = Shape(dim, dim, 16)
         numbers = dict(block_q=64, num_warps=4, max_registers=registers)
         assert shortfall(HopperBackwardConfig(num_stages=2, block_k=block_k, **numbers), shape, h200) == ""
         assert "two stages" in shortfall(HopperBackwardConfig(num_stages=1, block_k=block_k, **numbers), shape, h200)
         assert "items of" in shortfall(HopperBackwardConfig(num_stages=2, block_k=192 - block_k, **numbers), shape, h200)
+        of_128 = HopperBackwardConfig(num_stages=2, block_k=block_k, **(numbers | dict(block_q=128)))
+        assert "query tiles of 64" in shortfall(of_128, shape, h200)

@@ -17,6 +17,8 @@ from weft_attn.errors import WeftError, require
 CACHE_MODIFIERS = ("", ".ca", ".cg")
 # The widest head whose dK and dV of 64 keys one warp group of Hopper's fused backward holds in its registers.
 WIDEST_PAIR = 128
+# The widest head of which the two leave registers for a third warp group, which has dQ.
+WIDEST_NARROW = 64
 # Rows that a consumer of Hopper's kernels multiplies at a time.
 ROWS_PER_CONSUMER = 64
 
@@ -202,10 +204,10 @@ class HopperForwardConfig(PairedConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HopperBackwardConfig(HopperConfig):
-    """All gradients on Hopper in one kernel, deterministic only in turn: `block_k` keys against query tiles of `block_q`.
+    """All gradients on Hopper in one kernel, deterministic only in turn: `block_k` keys against query tiles of `block_q`, 64.
 
-    block_k is 128, 64 for each of two consumers; for head dims above WIDEST_PAIR it is 64, which three consumers share. in_turn: where a
-    deterministic backward is asked for, two consumers' programs add to dQ in turn (ADR 24).
+    block_k is 128, 64 for each of two consumers; up to WIDEST_NARROW a third one has dQ (ADR 34). For head dims above WIDEST_PAIR it is 64,
+    which three consumers share. in_turn: where a deterministic backward is asked for, programs that own 128 keys add to dQ in turn (ADR 24).
     """
 
     kernel: ClassVar[str] = "hopper_backward"

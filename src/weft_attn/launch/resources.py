@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from weft_attn.launch.config import (
     ROWS_PER_CONSUMER,
+    WIDEST_NARROW,
     WIDEST_PAIR,
     BackwardDkdvConfig,
     BackwardDqConfig,
@@ -112,13 +113,15 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
     if isinstance(config, HopperBackwardDkdvConfig):
         return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
     if isinstance(config, HopperBackwardConfig):
-        # dS of two steps, or P and dS of one.
-        exchanged = 2 * config.block_k * config.block_q * (shape.dtype_bits // 8)
+        # dS of two steps, or P and dS of one; where dQ is apart dS of three.
+        exchanged = (3 if is_narrow(shape) else 2) * config.block_k * config.block_q * (shape.dtype_bits // 8)
         kept = 2 * config.block_k * row + exchanged
         if is_wide(shape):
             # One slot of dout, two boxes of 64 columns of dQ in float32 on their way out.
             return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 2 * 64 * 4)
-        return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * shape.head_dim * 4
+        # Three boxes of dQ, or one of each consumer.
+        boxes = 3 if is_narrow(shape) else 2
+        return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * boxes * 64 * 4
     assert isinstance(config, HopperBackwardDqConfig)
     # q, dout and out.
     return 3 * own + config.num_stages * 2 * config.block_k * row
@@ -146,6 +149,11 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
     return 0
 
 
+def is_narrow(shape: Shape) -> bool:
+    """Whether a warp group of its own has dQ in Hopper's backward of all gradients: the others leave it registers."""
+    return shape.head_dim <= WIDEST_NARROW
+
+
 def is_wide(shape: Shape) -> bool:
     """Whether Hopper's fused backward needs a warp group for each of dK and dV: both of 64 keys do not fit the registers of one."""
     return shape.head_dim > WIDEST_PAIR
@@ -154,13 +162,15 @@ def is_wide(shape: Shape) -> bool:
 def _has_three_consumers(config: HopperConfig, shape: Shape) -> bool:
     if isinstance(config, HopperForwardConfig):
         return config.consumers == 3
-    return isinstance(config, HopperBackwardConfig) and is_wide(shape)
+    return isinstance(config, HopperBackwardConfig) and (is_wide(shape) or is_narrow(shape))
 
 
 def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
         return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
+    if isinstance(config, HopperBackwardConfig) and config.block_q != ROWS_PER_CONSUMER:
+        return f"expected query tiles of {ROWS_PER_CONSUMER}, a box of dQ's rows, given {config.block_q}"
     if isinstance(config, HopperBackwardConfig) and config.in_turn and is_wide(shape):
         return f"expected in_turn for head dims up to {WIDEST_PAIR} only, given it at {shape.head_dim}"
     if isinstance(config, HopperConfig):

@@ -421,7 +421,7 @@ def _backward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: fl
         if any(each.in_turn for each in prepared):
             from weft_attn.kernels.hopper.add_in_turn import turns_shape
 
-            scratch["turns"] = Scratch(turns_shape(heads, total_q), torch.int32)
+            scratch["turns"] = Scratch(turns_shape(heads, total_q, q.shape[2]), torch.int32)
         after.append(
             Step(lambda t: finish_dq_call(dq_sum=t["dq_sum"], dq=t["dq"], softmax_scale=softmax_scale, config=finish_config))
         )

@@ -1,23 +1,23 @@
-"""Adding to dQ in turn, which makes its sums repeatable to the bit: the role of a warp of its own for each consumer.
+"""Adding to dQ in turn, which makes its sums repeatable to the bit: the role of a warp of its own for each box of a query tile's columns.
 
-Every query tile of a head has a word in memory that says which item added to it last, and the plan tells each run of tiles whom it comes
-after (`Stream.afters`). An adder takes the dQ that its consumer has put into shared memory, waits until the one before is there, adds, and
+Every box of a head has a word in memory that says which item added to it last, and the plan tells each run of tiles whom it comes
+after (`Stream.afters`). An adder takes what a consumer has put into its outbox, waits until the one before is there, adds, and
 leaves its own number once the sums have arrived. The consumer waits for none of that. Items come after items in front of them in the
 list, and a program takes items from the list one by one: there is always one that waits for nobody.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from weft_attn.kernels.hopper.compat import add_box, aggregate
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS
+from weft_attn.kernels.hopper.outbox import BOX_COLUMNS
 from weft_attn.kernels.triton.visibility import edges_of_part, first_tile_of_walk, interior_of_part, next_tile_of_walk
 
 
-def turns_shape(heads: int, total_q: int) -> tuple[int, int]:
-    """(CONSUMERS, Hq * Tq): room for `Turns.turns_ptr`."""
-    return CONSUMERS.value, heads * total_q
+def turns_shape(heads: int, total_q: int, head_dim: int) -> tuple[int, int]:
+    """(adders, Hq * Tq): room for `Turns.turns_ptr`."""
+    return head_dim // BOX_COLUMNS.value, heads * total_q
 
 
 @gluon.constexpr_function
@@ -48,7 +48,7 @@ class Turns:
     """Whose turn it is to add.
 
     Attributes:
-        turns_ptr: (CONSUMERS, Hq * Tq) int32, zero before: of the tile of a head that begins at a row, the item whose consumer added last,
+        turns_ptr: (adders, Hq * Tq) int32, zero before: of the tile of a head that begins at a row, the item whose adder added last,
             as its first key + 1.
         afters_ptr: (runs,) int32, the stream's afters: whom a run's tiles come after, likewise; 0: nobody.
         rows: Hq * Tq.
@@ -63,28 +63,24 @@ class Turns:
         self.turns_ptr, self.afters_ptr, self.rows = turns_ptr, afters_ptr, rows
 
     @gluon.jit
-    def word(self, row, CONSUMER: gl.constexpr):
-        return self.turns_ptr + CONSUMER * self.rows + row
+    def word(self, row, ADDER: gl.constexpr):
+        return self.turns_ptr + ADDER * self.rows + row
 
 
 @gluon.jit
-def _add_tiles(p, exchange, turns, step, run, n_tiles, direction, first_head, first_key, CONSUMER: gl.constexpr):
-    """Add a consumer's dQ of so many tiles, each of all heads of the group; the step after them."""
-    COLUMNS: gl.constexpr = p.HEAD_DIM if p.BLOCK_Q > ROWS else p.HEAD_DIM // CONSUMERS
-    FIRST_ROW: gl.constexpr = CONSUMER * ROWS if p.BLOCK_Q > ROWS else 0
-    FIRST_COLUMN: gl.constexpr = 0 if p.BLOCK_Q > ROWS else CONSUMER * COLUMNS
-    smem = exchange.dq.index(CONSUMER)
+def _add_tiles(p, outbox, turns, step, run, n_tiles, direction, first_head, first_key, ADDER: gl.constexpr):
+    """Add the boxes of so many tiles, each of all heads of the group; the step after them."""
     col, left = first_tile_of_walk(p.runs_ptr, run, direction, p.BLOCK_Q)
     for _ in range(n_tiles):
         after = gl.load(turns.afters_ptr + run)
         for member in range(p.GROUP):
             row = (first_head + member) * p.stride_stats_h + col
-            mbarrier.wait(exchange.full.index(CONSUMER), step & 1)
-            word = turns.word(row, CONSUMER)
+            place = outbox.slots.wait(step)
+            word = turns.word(row, ADDER)
             gl.inline_asm_elementwise(_wait_text(), "=r,l,r", [word, after], dtype=gl.int32, is_pure=False, pack=1)
-            add_box(exchange.dq_sum_desc, [row + FIRST_ROW, FIRST_COLUMN], smem)
+            add_box(outbox.dq_sum_desc, [row, ADDER * BOX_COLUMNS], outbox.boxes.index(place))
             tma.store_wait(pendings=0)
-            mbarrier.arrive(exchange.empty.index(CONSUMER), count=1)
+            outbox.slots.release(step)
             gl.inline_asm_elementwise(_leave_text(), "=r,l,r", [word, first_key + 1], dtype=gl.int32, is_pure=False, pack=1)
             step += 1
         run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
@@ -92,8 +88,8 @@ def _add_tiles(p, exchange, turns, step, run, n_tiles, direction, first_head, fi
 
 
 @gluon.jit
-def add_in_turn(p, memory, exchange, turns, CONSUMER: gl.constexpr):
-    """The adder of a consumer."""
+def add_in_turn(p, memory, outbox, turns, ADDER: gl.constexpr):
+    """The adder of the ADDER-th boxes, which come through `outbox`."""
     schedule = memory.schedule
     step = 0
     turn = 0
@@ -106,9 +102,9 @@ def add_in_turn(p, memory, exchange, turns, CONSUMER: gl.constexpr):
         late = schedule.late_edges(turn)
         for part in range(2):
             run, tiles = edges_of_part(part, direction, edge_run, edge_tiles, late)
-            step = _add_tiles(p, exchange, turns, step, run, tiles, direction, first_head, first_key, CONSUMER)
+            step = _add_tiles(p, outbox, turns, step, run, tiles, direction, first_head, first_key, ADDER)
             interior = interior_of_part(part, interior_tiles)
-            step = _add_tiles(p, exchange, turns, step, interior_run, interior, direction, first_head, first_key, CONSUMER)
+            step = _add_tiles(p, outbox, turns, step, interior_run, interior, direction, first_head, first_key, ADDER)
         schedule.heard(turn)
         turn += 1
         schedule.hear(turn)

@@ -1,8 +1,8 @@
 """Backward on Hopper by keys: the kernel, which computes dK and dV, or with dq_sum dQ too.
 
-A producer warp group feeds the consumers (by_keys.py): two that own 64 keys of one KV head each, backward_dkdv.py or
-backward_fused.py, or above head dim 128 three that share 64 keys, backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16,
-D 64 or 128, with dq_sum also 256; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py or backward_dq.py; dk, dv (Tk, Hkv, D) in
+A producer warp group feeds the consumers (by_keys.py): two that own 64 keys of one KV head each, backward_dkdv.py, with dq_sum
+backward_fused.py, or at head dim 64 backward_narrow.py, where a third one has dQ; or above head dim 128 three that share 64 keys,
+backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128, with dq_sum also 256; lse_log2 and delta (Hq * Tq) float32 from triton/delta.py or backward_dq.py; dk, dv (Tk, Hkv, D) in
 their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order or in turn (add_in_turn.py).
 Deterministic without dq_sum, and in turn.
 """
@@ -18,18 +18,18 @@ from weft_attn.errors import require
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.add_in_turn import Turns, add_in_turn
 from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
-from weft_attn.kernels.hopper.backward_fused import consume_for_all, dq_columns, make_exchange
+from weft_attn.kernels.hopper.backward_fused import consume_for_all, make_exchange
+from weft_attn.kernels.hopper.backward_narrow import NARROW_PLACES, consume_for_keys, consume_for_queries, make_dscores
 from weft_attn.kernels.hopper.backward_wide import (
     DOUT_STAGES,
-    DQ_COLUMNS,
-    WIDE_CONSUMERS,
     make_wide_exchange,
     sum_products,
     weigh_and_differentiate,
 )
 from weft_attn.kernels.hopper.by_keys import Problem, make_memory, produce
+from weft_attn.kernels.hopper.outbox import BOX_COLUMNS, boxes_of, make_outbox
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone, grid_of, make_schedule
-from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement, sum_box
+from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agreement
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 
@@ -73,7 +73,7 @@ def hopper_backward_kernel(
     STAGES: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
-    WEIGHER_REGISTERS: gl.constexpr,
+    THIRD_REGISTERS: gl.constexpr,
     IS_WIDE: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
@@ -85,20 +85,22 @@ def hopper_backward_kernel(
         gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
-    N_CONSUMERS: gl.constexpr = WIDE_CONSUMERS if IS_WIDE else CONSUMERS
     IN_TURN: gl.constexpr = turns_ptr is not None
+    WITH_DQ: gl.constexpr = dq_sum_desc is not None
+    IS_NARROW: gl.constexpr = WITH_DQ and HEAD_DIM == BOX_COLUMNS
+    ADDERS: gl.constexpr = HEAD_DIM // BOX_COLUMNS if IN_TURN else 0
     schedule = make_schedule(
         Alone(counter_ptr, IN_TURN),
         gl.to_tensor(n_items),
         gl.to_tensor(n_heads),
         gl.to_tensor(heads_per_wave),
         gl.to_tensor(last_heads),
-        N_CONSUMERS + (CONSUMERS if IN_TURN else 0),
+        CONSUMERS + (1 if IS_WIDE or IS_NARROW else 0) + ADDERS,
         PRODUCER_WARPS=1 if IN_TURN else 4,
     )
     if IS_WIDE:
         memory = make_memory(p, schedule, 1, 1, STAGES, DOUT_STAGES)
-        exchange = make_wide_exchange(p, dq_sum_desc)
+        exchange = make_wide_exchange(p, memory, dq_sum_desc)
         fence_async_shared()
         gl.warp_specialize(
             [
@@ -108,9 +110,69 @@ def hopper_backward_kernel(
                 (weigh_and_differentiate, (p, memory, exchange)),
             ],
             [4, 4, 4],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, WEIGHER_REGISTERS],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, THIRD_REGISTERS],
         )
-    elif dq_sum_desc is None:
+    elif IS_NARROW:
+        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
+        agreement = make_agreement(CONSUMERS)
+        dscores = make_dscores(p)
+        outbox = make_outbox(dq_sum_desc, memory.slots, NARROW_PLACES, IN_TURN)
+        fence_async_shared()
+        if IN_TURN:
+            turns = Turns(turns_ptr, afters_ptr, n_heads * GROUP * p.stride_stats_h)
+            gl.warp_specialize(
+                [
+                    (consume_for_keys, (p, memory, agreement, dscores, gl.constexpr(0))),
+                    (consume_for_keys, (p, memory, agreement, dscores, gl.constexpr(1))),
+                    (consume_for_queries, (p, memory, dscores, outbox)),
+                    (produce, (p, memory, gl.constexpr(False))),
+                    (add_in_turn, (p, memory, outbox, turns, gl.constexpr(0))),
+                ],
+                [4, 4, 1, 1],
+                [CONSUMER_REGISTERS, THIRD_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (produce, (p, memory, gl.constexpr(False))),
+                    (consume_for_keys, (p, memory, agreement, dscores, gl.constexpr(0))),
+                    (consume_for_keys, (p, memory, agreement, dscores, gl.constexpr(1))),
+                    (consume_for_queries, (p, memory, dscores, outbox)),
+                ],
+                [4, 4, 4],
+                [CONSUMER_REGISTERS, CONSUMER_REGISTERS, THIRD_REGISTERS],
+            )
+    elif WITH_DQ:
+        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
+        agreement = make_agreement(CONSUMERS)
+        exchange = make_exchange(p)
+        first_outbox = make_outbox(dq_sum_desc, memory.slots, 1, IN_TURN)
+        second_outbox = make_outbox(dq_sum_desc, memory.slots, 1, IN_TURN)
+        fence_async_shared()
+        if IN_TURN:
+            turns = Turns(turns_ptr, afters_ptr, n_heads * GROUP * p.stride_stats_h)
+            gl.warp_specialize(
+                [
+                    (consume_for_all, (p, memory, agreement, exchange, first_outbox, gl.constexpr(0))),
+                    (consume_for_all, (p, memory, agreement, exchange, second_outbox, gl.constexpr(1))),
+                    (produce, (p, memory, gl.constexpr(False))),
+                    (add_in_turn, (p, memory, first_outbox, turns, gl.constexpr(0))),
+                    (add_in_turn, (p, memory, second_outbox, turns, gl.constexpr(1))),
+                ],
+                [4, 1, 1, 1],
+                [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (produce, (p, memory, gl.constexpr(False))),
+                    (consume_for_all, (p, memory, agreement, exchange, first_outbox, gl.constexpr(0))),
+                    (consume_for_all, (p, memory, agreement, exchange, second_outbox, gl.constexpr(1))),
+                ],
+                [4, 4],
+                [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+            )
+    else:
         memory = make_memory(p, schedule, CONSUMERS, 1, STAGES, 0)
         agreement = make_agreement(CONSUMERS)
         fence_async_shared()
@@ -123,34 +185,6 @@ def hopper_backward_kernel(
             [4, 4],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
         )
-    else:
-        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
-        agreement = make_agreement(CONSUMERS)
-        exchange = make_exchange(p, dq_sum_desc, IN_TURN)
-        fence_async_shared()
-        if IN_TURN:
-            turns = Turns(turns_ptr, afters_ptr, n_heads * GROUP * p.stride_stats_h)
-            gl.warp_specialize(
-                [
-                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
-                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
-                    (produce, (p, memory, gl.constexpr(False))),
-                    (add_in_turn, (p, memory, exchange, turns, gl.constexpr(0))),
-                    (add_in_turn, (p, memory, exchange, turns, gl.constexpr(1))),
-                ],
-                [4, 1, 1, 1],
-                [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (produce, (p, memory, gl.constexpr(False))),
-                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(0))),
-                    (consume_for_all, (p, memory, agreement, exchange, gl.constexpr(1))),
-                ],
-                [4, 4],
-                [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
-            )
 
 
 def hopper_backward_call(
@@ -184,7 +218,7 @@ def hopper_backward_call(
         items, runs: tables of the transposed plan, cut as config.cut says, with dq_sum also with masks_ragged.
         heads_per_wave, last_heads: KV heads whose items run together (plan/in_step.py); those of the last wave at least (launch/splits.py).
         counter: (COUNTER_SIZE,) int32, zero; zero again afterwards.
-        turns: (CONSUMERS, Hq * Tq) int32, zero, and afters, the stream's: programs add to dq_sum in turn (add_in_turn.py). None: as they come.
+        turns: (adders, Hq * Tq) int32, zero, and afters, the stream's: programs add to dq_sum in turn (add_in_turn.py). None: as they come.
         multiprocessors: programs of the persistent grid at most.
         config: a launch `HopperBackwardConfig`, or without dq_sum a `HopperBackwardDkdvConfig`. Of three consumers two have
             consumer_registers, and the third what they and the producer leave of max_registers for each of the four.
@@ -199,7 +233,6 @@ def hopper_backward_call(
         expected="turns and afters, and dq_sum, for head dims that two consumers share",
         given=f"turns {turns is not None}, afters {afters is not None}, dq_sum {dq_sum is not None}, head dim {q.shape[2]}",
     )
-    columns = DQ_COLUMNS.value if is_wide else dq_columns(config.block_q, q.shape[2])
     return KernelCall(
         kernel=hopper_backward_kernel,
         grid=grid_of(multiprocessors, n_items, kv_heads),
@@ -208,7 +241,7 @@ def hopper_backward_call(
             k_desc=head_box(k, ROWS.value),
             v_desc=head_box(v, ROWS.value),
             dout_desc=head_box(dout, config.block_q),
-            dq_sum_desc=None if dq_sum is None else sum_box(dq_sum, ROWS.value, columns),
+            dq_sum_desc=None if dq_sum is None else boxes_of(dq_sum),
             lse_log2_ptr=lse_log2,
             delta_ptr=delta,
             dk_ptr=dk,
@@ -244,7 +277,7 @@ def hopper_backward_call(
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
             IS_WIDE=is_wide,
-            WEIGHER_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS.value,
+            THIRD_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS.value,
             CONSUMER_REGISTERS=config.consumer_registers,
         ),
         num_warps=config.num_warps,

@@ -24,23 +24,23 @@ from weft_attn.kernels.hopper.by_keys import (
     first_edges,
     first_interior,
     multiply_queries,
+    rows_of_item,
     seen_by,
     weigh,
     write_dk,
     write_dv,
 )
 from weft_attn.kernels.hopper.channel import Ring, make_slots
-from weft_attn.kernels.hopper.compat import add_box, aggregate
+from weft_attn.kernels.hopper.compat import aggregate
+from weft_attn.kernels.hopper.outbox import BOX_COLUMNS, Outbox, make_outbox
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
-from weft_attn.kernels.triton.finish_dq import exchange_pairs
 from weft_attn.kernels.triton.visibility import interior_of_part, next_edge_tile, next_tile_of_walk
 
 WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
 DOUT_STAGES = gl.constexpr(1)
-# Columns of dQ that leave together, and room for two such boxes in turn. A step sends four: turns go on from step to step.
-DQ_COLUMNS = gl.constexpr(64)
-DQ_SLOTS = gl.constexpr(2)
+# Room for boxes of dQ. A step sends four: turns go on from step to step.
+PLACES = gl.constexpr(2)
 
 
 @aggregate
@@ -48,19 +48,17 @@ class Exchange:
     """What the warp group of S and dP hands on.
 
     Attributes:
-        dq_sum_desc: boxes of DQ_COLUMNS columns of a query tile's dQ.
         probs, dscores: P for dV and dS for dK, (64 keys, BLOCK_Q) in the input dtype.
-        dq: (DQ_SLOTS, BLOCK_Q, DQ_COLUMNS) float32, on its way out.
+        outbox: of the boxes of a query tile's dQ.
     """
 
-    dq_sum_desc: tma.tensor_descriptor
     probs: Ring
     dscores: Ring
-    dq: gl.shared_memory_descriptor
+    outbox: Outbox
 
     @gluon.constexpr_function
-    def __init__(self, dq_sum_desc, probs, dscores, dq):
-        self.dq_sum_desc, self.probs, self.dscores, self.dq = dq_sum_desc, probs, dscores, dq
+    def __init__(self, probs, dscores, outbox):
+        self.probs, self.dscores, self.outbox = probs, dscores, outbox
 
 
 @gluon.jit
@@ -70,9 +68,9 @@ def _make_handover(p):
 
 
 @gluon.jit
-def make_wide_exchange(p, dq_sum_desc):
-    dq = gl.allocate_shared_memory(gl.float32, [DQ_SLOTS] + dq_sum_desc.block_type.shape, dq_sum_desc.layout)
-    return Exchange(dq_sum_desc, _make_handover(p), _make_handover(p), dq)
+def make_wide_exchange(p, memory, dq_sum_desc):
+    outbox = make_outbox(dq_sum_desc, memory.slots, PLACES, False)
+    return Exchange(_make_handover(p), _make_handover(p), outbox)
 
 
 # ---- dV and dK ----------------------------------------------------------------------------------------------------------
@@ -144,7 +142,7 @@ def _multiply_scores(p, memory, step, zero):
 @gluon.jit
 def _multiply_dq(p, memory, exchange, zero, HALF: gl.constexpr):
     """Start one half of the columns of the step's dQ."""
-    COLUMNS: gl.constexpr = 2 * DQ_COLUMNS
+    COLUMNS: gl.constexpr = 2 * BOX_COLUMNS
     keys = memory.k.tiles.index(zero).slice(HALF * COLUMNS, COLUMNS, dim=1)
     nothing = gl.zeros([p.BLOCK_Q, COLUMNS], gl.float32, product_layout(COLUMNS))
     dscores = exchange.dscores.tiles.index(zero).permute((1, 0))
@@ -152,22 +150,12 @@ def _multiply_dq(p, memory, exchange, zero, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _add_box(exchange, dq, row, BOX: gl.constexpr):
-    smem = exchange.dq.index(BOX % DQ_SLOTS)
-    smem.store(exchange_pairs(gl.convert_layout(dq, product_layout(DQ_COLUMNS))))
-    fence_async_shared()
-    add_box(exchange.dq_sum_desc, [row, BOX * DQ_COLUMNS], smem)
-
-
-@gluon.jit
-def _add_half(exchange, dq, row, HALF: gl.constexpr):
+def _send_half(exchange, dq, row, HALF: gl.constexpr):
     """Send a half of a query tile's dQ to be added."""
-    left, right = dq.reshape([dq.shape[0], 2, DQ_COLUMNS]).permute((0, 2, 1)).split()
-    # Of the boxes sent before this one, as many may still be read as there are slots for them and it.
-    tma.store_wait(pendings=DQ_SLOTS - 1)
-    _add_box(exchange, left, row, 2 * HALF)
-    tma.store_wait(pendings=DQ_SLOTS - 1)
-    _add_box(exchange, right, row, 2 * HALF + 1)
+    boxes = dq.reshape([dq.shape[0], 2, BOX_COLUMNS]).permute((0, 2, 1)).split()
+    for i in gl.static_range(2):
+        box = 2 * HALF + i
+        exchange.outbox.send(box, gl.convert_layout(boxes[i], product_layout(BOX_COLUMNS)), row, box * BOX_COLUMNS)
 
 
 @gluon.jit
@@ -198,15 +186,15 @@ def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop,
     row = head * p.stride_stats_h + col
     dq_left = warpgroup_mma_wait(1, deps=[dq_left])
     if IS_MASKED:
-        dq_left = zero_rows(dq_left, n_valid, product_layout(2 * DQ_COLUMNS))
-    _add_half(exchange, dq_left, row, 0)
+        dq_left = zero_rows(dq_left, n_valid, product_layout(2 * BOX_COLUMNS))
+    _send_half(exchange, dq_left, row, 0)
     # Runs while the other half leaves; not before, for want of registers. After the item's last step its own once more, for nothing: a
     # branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), zero)
     dq_right = warpgroup_mma_wait(1, deps=[dq_right])
     if IS_MASKED:
-        dq_right = zero_rows(dq_right, n_valid, product_layout(2 * DQ_COLUMNS))
-    _add_half(exchange, dq_right, row, 1)
+        dq_right = zero_rows(dq_right, n_valid, product_layout(2 * BOX_COLUMNS))
+    _send_half(exchange, dq_right, row, 1)
     next_scores = warpgroup_mma_wait(0, deps=[next_scores])
     memory.slots.release(step)
     return next_scores
@@ -220,17 +208,13 @@ def weigh_and_differentiate(p, memory, exchange):
     turn = 0
     # As in backward_dkdv.py.
     zero = p.zero
-    row_layout: gl.constexpr = gl.SliceLayout(1, product_layout(p.BLOCK_Q))
     schedule.hear(turn)
     number = schedule.number(turn)
     while schedule.exists(number):
         kv_head = schedule.head(turn)
         direction = schedule.direction(turn)
         first_row, n_rows, edge_run, edge_tiles, interior_run, interior_tiles = schedule.item(turn, 0)
-        offsets = gl.arange(0, ROWS, row_layout)
-        # A key beyond the item may be inside the slice; in row -1 nobody is. Its weights, of zeroed keys, are not below 1, and an
-        # infinite one times a zeroed key is NaN.
-        rows = gl.where(offsets < n_rows, first_row + offsets, -1)
+        rows = rows_of_item(p, first_row, n_rows)
         memory.k.wait(turn)
         memory.v.wait(turn)
         if n_rows < ROWS:

@@ -218,6 +218,15 @@ def make_memory(
 
 
 @gluon.jit
+def rows_of_item(p, first_row, n_rows):
+    """A consumer's keys, for the masks; -1, which is in no slice, beyond the item: a key there may be inside the slice, its weights, of zeroed
+    keys, are not below 1, and an infinite one times a zeroed key is NaN.
+    """
+    offsets = gl.arange(0, ROWS, gl.SliceLayout(1, product_layout(p.BLOCK_Q)))
+    return gl.where(offsets < n_rows, first_row + offsets, -1)
+
+
+@gluon.jit
 def first_edges(p, schedule, turn, part, rows, direction, edge_run, edge_tiles, late):
     """A part's edge tiles (`edges_of_part`): the first one's run, how many, its column, tiles left in its run, and what its `rows` see
     (`interval_in_run`).

@@ -30,13 +30,6 @@ def head_box(x: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [tokens, (heads - 1) * x.stride(1) + dim], [x.stride(0), 1], [rows, dim], shared)
 
 
-def sum_box(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Boxes of a contiguous (heads, tokens, dim) float32 tensor as (heads * tokens, dim)."""
-    heads, tokens, dim = x.shape
-    shared = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.float32)
-    return TensorDescriptor(x, [heads * tokens, dim], [dim, 1], [rows, columns], shared)
-
-
 @gluon.constexpr_function
 def one_a_lane(warps):
     """How so many warps hold words, such as a row of a table."""
