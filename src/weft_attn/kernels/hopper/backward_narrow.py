@@ -145,22 +145,9 @@ def consume_for_keys(p, memory, agreement, dscores_ring, CONSUMER: gl.constexpr)
                 )
             for _ in range(interior_of_part(part, interior_tiles * p.GROUP)):
                 scores, dk_acc, dv_acc = _accumulate_tile(
-                    p,
-                    memory,
-                    dscores_ring,
-                    step,
-                    last_step,
-                    keys,
-                    values,
-                    scores,
-                    dk_acc,
-                    dv_acc,
-                    rows,
-                    rows,
-                    0,
-                    False,
-                    CONSUMER,
-                )
+                    p, memory, dscores_ring, step, last_step, keys, values, scores, dk_acc, dv_acc, rows, rows, 0,
+                    False, CONSUMER,
+                )  # fmt: skip
                 step += 1
 
         memory.k.release(kv_step)
