@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from weft_attn.errors import require
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.add_in_turn import Turns, add_in_turn
+from weft_attn.kernels.hopper.addresses import write_addresses
 from weft_attn.kernels.hopper.backward_dkdv import consume_for_dkdv
 from weft_attn.kernels.hopper.backward_fused import consume_for_all, make_exchange
 from weft_attn.kernels.hopper.backward_narrow import NARROW_PLACES, consume_for_keys, consume_for_queries, make_dscores
@@ -77,6 +78,10 @@ def hopper_backward_kernel(
     IS_WIDE: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
+    WITH_DQ: gl.constexpr = dq_sum_desc is not None
+    IS_NARROW: gl.constexpr = WITH_DQ and HEAD_DIM == BOX_COLUMNS
+    if IS_NARROW:
+        write_addresses()
     # An integer that is 1 comes as a constant.
     p = Problem(
         q_desc, k_desc, v_desc, dout_desc, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, runs_ptr,
@@ -86,8 +91,6 @@ def hopper_backward_kernel(
         GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
     )  # fmt: skip
     IN_TURN: gl.constexpr = turns_ptr is not None
-    WITH_DQ: gl.constexpr = dq_sum_desc is not None
-    IS_NARROW: gl.constexpr = WITH_DQ and HEAD_DIM == BOX_COLUMNS
     ADDERS: gl.constexpr = HEAD_DIM // BOX_COLUMNS if IN_TURN else 0
     schedule = make_schedule(
         Alone(counter_ptr, IN_TURN),
@@ -113,7 +116,7 @@ def hopper_backward_kernel(
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, THIRD_REGISTERS],
         )
     elif IS_NARROW:
-        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0)
+        memory = make_memory(p, schedule, CONSUMERS, CONSUMERS, STAGES, 0, RELEASED_BY_WARPS=True)
         agreement = make_agreement(CONSUMERS)
         dscores = make_dscores(p)
         outbox = make_outbox(dq_sum_desc, memory.slots, NARROW_PLACES, IN_TURN)

@@ -14,7 +14,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -46,7 +45,7 @@ def make_dscores(p):
     """The way of dS from the keys' consumers to dQ's: of each step a tile of each consumer."""
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, p.BLOCK_Q], p.q_desc.dtype)
     tiles = gl.allocate_shared_memory(p.q_desc.dtype, [DSCORES_STAGES * CONSUMERS, ROWS, p.BLOCK_Q], tile_layout)
-    return Ring(tiles, make_slots(DSCORES_STAGES, 1, CONSUMERS))
+    return Ring(tiles, make_slots(DSCORES_STAGES, 1, CONSUMERS, FILLED_BY_WARPS=True, RELEASED_BY_WARPS=True))
 
 
 # ---- keys: dK, dV and dS ------------------------------------------------------------------------------------------------
@@ -83,7 +82,7 @@ def _accumulate_tile(
     # Runs while shared memory takes what was stored (docs/adr/0028).
     dv_acc = warpgroup_mma(probs_operand, dout_tile, dv_acc, is_async=True)
     fence_async_shared()
-    mbarrier.arrive(dscores_ring.slots.full.index(place), count=1)
+    dscores_ring.slots.fill(step)
     dk_acc = warpgroup_mma(dscores_operand, q_tile, dk_acc, is_async=True)
     # After the item's last step its own once more, for nothing: a branch here would keep products from overlapping.
     next_scores = _multiply_scores(p, memory, gl.minimum(step + 1, last_step), keys)

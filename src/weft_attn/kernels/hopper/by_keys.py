@@ -192,19 +192,21 @@ def produce(p, memory, LOOKS_AHEAD: gl.constexpr):
 
 @gluon.jit
 def make_memory(
-    p, schedule, KEY_TILES: gl.constexpr, KEY_READERS: gl.constexpr, STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr
-):
+    p, schedule, KEY_TILES: gl.constexpr, KEY_READERS: gl.constexpr, STAGES: gl.constexpr, DOUT_STAGES: gl.constexpr,
+    RELEASED_BY_WARPS: gl.constexpr = False,
+):  # fmt: skip
     """Shared memory with `STAGES` slots for query tiles, each read by two warp groups.
 
     Args:
         KEY_TILES: tiles of 64 keys of an item, each tile of k read by `KEY_READERS` warp groups and that of v by one.
         DOUT_STAGES: slots of dout's own; 0: it lies with q.
+        RELEASED_BY_WARPS: each warp releases slots for query tiles by itself (barriers.py).
     """
     IS_DOUT_APART: gl.constexpr = DOUT_STAGES > 0
     k = make_ring(p.k_desc, KEY_TILES, KEY_READERS)
     v = make_ring(p.v_desc, KEY_TILES, 1)
     # Filled by the copy engine, and with statistics.
-    slots = make_slots(STAGES, CONSUMERS, 2)
+    slots = make_slots(STAGES, CONSUMERS, 2, RELEASED_BY_WARPS=RELEASED_BY_WARPS)
     dout_slots = slots
     if IS_DOUT_APART:
         dout_slots = make_slots(DOUT_STAGES, CONSUMERS)

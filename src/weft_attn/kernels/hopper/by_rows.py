@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 
+from weft_attn.kernels.hopper.addresses import write_addresses
 from weft_attn.kernels.hopper.channel import make_ring
 from weft_attn.kernels.hopper.pair import (
     descriptor_parameter,
@@ -11,7 +12,6 @@ from weft_attn.kernels.hopper.pair import (
     make_shared_ring,
     sit_out,
     words_before,
-    write_addresses,
 )
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, Alone
 

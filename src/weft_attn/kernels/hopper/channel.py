@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from weft_attn.kernels.hopper.barriers import WarpBarriers, make_warp_barriers
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 
 
@@ -18,17 +19,22 @@ class Slots:
     Attributes:
         full: (STAGES, 1) barriers that complete when a slot is filled.
         empty: (STAGES, 1) barriers that complete when every consumer has released a slot.
+        FILLED_BY_WARPS, RELEASED_BY_WARPS: of which of both each warp arrives by itself (barriers.py).
     """
 
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor | WarpBarriers
+    empty: gl.shared_memory_descriptor | WarpBarriers
     STAGES: gl.constexpr
+    FILLED_BY_WARPS: gl.constexpr
+    RELEASED_BY_WARPS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, full, empty, STAGES):
+    def __init__(self, full, empty, STAGES, FILLED_BY_WARPS, RELEASED_BY_WARPS):
         self.full = full
         self.empty = empty
         self.STAGES = gl.constexpr(STAGES)
+        self.FILLED_BY_WARPS = gl.constexpr(FILLED_BY_WARPS)
+        self.RELEASED_BY_WARPS = gl.constexpr(RELEASED_BY_WARPS)
 
     @gluon.jit
     def acquire(self, step, N_BYTES: gl.constexpr):
@@ -46,6 +52,14 @@ class Slots:
         return slot
 
     @gluon.jit
+    def fill(self, step):
+        """Producer that is a warp group: the slot is filled."""
+        if self.FILLED_BY_WARPS:
+            self.full.arrive(step % self.STAGES)
+        else:
+            mbarrier.arrive(self.full.index(step % self.STAGES), count=1)
+
+    @gluon.jit
     def wait(self, step):
         """Consumer: the slot, once it is filled."""
         slot = step % self.STAGES
@@ -55,7 +69,10 @@ class Slots:
     @gluon.jit
     def release(self, step):
         """Consumer: done with the slot."""
-        mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
+        if self.RELEASED_BY_WARPS:
+            self.empty.arrive(step % self.STAGES)
+        else:
+            mbarrier.arrive(self.empty.index(step % self.STAGES), count=1)
 
 
 @aggregate
@@ -84,7 +101,7 @@ class Ring:
         """
         self.tiles.index(self.slots.wait_empty(step) + zero).store(tile)
         fence_async_shared()
-        mbarrier.arrive(self.slots.full.index(step % self.slots.STAGES), count=1)
+        self.slots.fill(step)
 
     @gluon.jit
     def wait(self, step):
@@ -98,16 +115,27 @@ class Ring:
 
 
 @gluon.jit
-def make_slots(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FILLERS: gl.constexpr = 1):
+def make_slots(
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, FILLERS: gl.constexpr = 1,
+    FILLED_BY_WARPS: gl.constexpr = False, RELEASED_BY_WARPS: gl.constexpr = False,
+):  # fmt: skip
     """Slots that `CONSUMERS` partitions read. One is filled once `FILLERS` have arrived, of which `acquire`'s announcement is one, and what it
-    announced has come.
+    announced has come. Where each warp arrives by itself, consumers or fillers are warp groups.
     """
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(STAGES):
-        mbarrier.init(full.index(slot), count=FILLERS)
-        mbarrier.init(empty.index(slot), count=CONSUMERS)
-    return Slots(full, empty, STAGES)
+    full = _make_barriers(STAGES, FILLERS, FILLED_BY_WARPS)
+    empty = _make_barriers(STAGES, CONSUMERS, RELEASED_BY_WARPS)
+    return Slots(full, empty, STAGES, FILLED_BY_WARPS, RELEASED_BY_WARPS)
+
+
+@gluon.jit
+def _make_barriers(BARRIERS: gl.constexpr, ARRIVALS: gl.constexpr, BY_WARPS: gl.constexpr):
+    if BY_WARPS:
+        barriers = make_warp_barriers(BARRIERS, ARRIVALS)
+    else:
+        barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
+        for number in gl.static_range(BARRIERS):
+            mbarrier.init(barriers.index(number), count=ARRIVALS)
+    return barriers
 
 
 @gluon.jit

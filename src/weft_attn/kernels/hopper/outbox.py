@@ -7,7 +7,7 @@ add in turn, it hands the box to a warp that waits for its turn (add_in_turn.py)
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from weft_attn.kernels.hopper.channel import Slots, make_slots, make_tiles
@@ -62,7 +62,7 @@ class Outbox:
         smem.store(exchange_pairs(dq))
         fence_async_shared()
         if self.IN_TURN:
-            mbarrier.arrive(self.slots.full.index(number % self.PLACES), count=1)
+            self.slots.fill(number)
         else:
             add_box(self.dq_sum_desc, [row, column], smem)
 

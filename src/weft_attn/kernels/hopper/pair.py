@@ -4,28 +4,20 @@ They walk the same tiles of k and v: each fetches half of every tile, and the co
 halves what the multiprocessors read from the L2 cache, which takes of the power that bounds the products (docs/adr/0023).
 
 Triton 3.6 names nothing of a cluster, and programs that each think they are alone are nearly all that is needed: this file says the
-rest in PTX, with addresses in shared memory that the programs find out by themselves, alike in both.
+rest in PTX, with addresses in shared memory that the programs find out by themselves (addresses.py), alike in both.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from weft_attn.kernels.hopper.compat import aggregate, as_barriers, as_words, synchronize
+from weft_attn.kernels.hopper.addresses import N_WORDS, ROW_BYTES, WORD_BYTES, address_of, make_words
+from weft_attn.kernels.hopper.compat import aggregate, as_words
 from weft_attn.kernels.hopper.tiles import one_a_lane
 
 PROGRAMS = gl.constexpr(2)
 # Warps of a consumer. Each arrives by itself, so that none waits for the others.
 WARPS = gl.constexpr(4)
-# Bytes of a tile's row that lie together (the widest swizzle), as the copy engine writes a box of so many columns of a row.
-ROW_BYTES = gl.constexpr(128)
-# What two programs have in common beside the tiles: barriers and numbers, an int64 each.
-WORD_BYTES = gl.constexpr(8)
-N_WORDS = gl.constexpr(128)
-# Buffers whose addresses matter begin at multiples of so many bytes.
-ALIGNMENT = gl.constexpr(1024)
-# More than a program's shared memory.
-MOST_BYTES = gl.constexpr(256 * 1024)
 # Numbers on their way from the first program to the second.
 LETTERS = gl.constexpr(2)
 # Parameters that a tensor descriptor of two dimensions is passed as: itself, its shape, its strides.
@@ -128,36 +120,6 @@ def _meet():
     )
 
 
-# ---- addresses in shared memory -------------------------------------------------------------------------------------------
-
-
-@gluon.jit
-def write_addresses():
-    """Before anything else: the first word of every ALIGNMENT bytes of the program's shared memory becomes its own address.
-
-    Triton places the buffers and tells nobody where. What a swizzle of 128 bytes lies in begins at a multiple of ALIGNMENT, and
-    `_address_of` reads there.
-    """
-    n_bytes = gl.inline_asm_elementwise("mov.u32 $0, %dynamic_smem_size;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
-    offsets = gl.arange(0, MOST_BYTES // ALIGNMENT, one_a_lane(4)) * ALIGNMENT
-    gl.inline_asm_elementwise(
-        "{ .reg .pred inside; .reg .b32 at; mov.u32 at, global_smem; add.u32 at, at, $1; setp.lt.u32 inside, $1, $2; "
-        "@inside st.shared.b32 [at], at; mov.u32 $0, 0; }",
-        "=r,r,r",
-        [offsets, n_bytes],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-    synchronize()
-
-
-@gluon.jit
-def _address_of(buffer):
-    """Where a buffer that lies in a swizzle of 128 bytes is, to which nothing was written since `write_addresses`."""
-    return gl.max(as_words(buffer, 2).slice(0, 1).load(one_a_lane(4)), 0)
-
-
 # ---- who works on what ----------------------------------------------------------------------------------------------------
 
 
@@ -233,13 +195,7 @@ class Pair:
 @gluon.jit
 def make_pair(counter_ptr):
     """After `write_addresses`."""
-    box = gl.allocate_shared_memory(
-        gl.bfloat16, [N_WORDS * WORD_BYTES // ROW_BYTES, ROW_BYTES // 2], gl.NVMMASharedLayout(128, 16, rank=2)
-    )
-    words_at = _address_of(box)
-    # Everyone has read it before it becomes something else.
-    synchronize()
-    words = as_barriers(box, N_WORDS)
+    words, words_at = make_words()
     for letter in gl.static_range(LETTERS):
         mbarrier.init(words.index(LETTERS + letter), count=1)
         mbarrier.init(words.index(2 * LETTERS + letter), count=1)
@@ -333,7 +289,7 @@ def make_shared_ring(desc, pair, PARAMETER: gl.constexpr, FIRST: gl.constexpr, S
     SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], desc.dtype)
     gl.static_assert(SHARED.swizzle_byte_width == ROW_BYTES, "a tile lies as boxes of rows of 128 bytes")
     tiles = gl.allocate_shared_memory(desc.dtype, [STAGES, ROWS, COLUMNS], SHARED)
-    tiles_at = _address_of(tiles.index(0))
+    tiles_at = address_of(tiles.index(0))
     for slot in gl.static_range(STAGES):
         mbarrier.init(pair.words.index(FIRST + slot), count=1)
         mbarrier.init(pair.words.index(FIRST + STAGES + slot), count=PROGRAMS * WARPS * CONSUMERS)
