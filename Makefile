@@ -30,7 +30,10 @@ help: ## list the targets
 
 install: $(VENV)/installed ## create .venv with the package, the demo's, tests' and developers' tools
 
-# Not compiled: pip would take as long to compile modules that nobody imports as to install all of them.
+# Not compiled: pip would take as long to compile modules that nobody imports as to install all of them. Python keeps what is
+# imported, also where the environment says that it shall not: the tests start torch dozens of times.
+unexport PYTHONDONTWRITEBYTECODE
+
 $(VENV)/installed: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "Weft needs Python 3.11 or later on the path (or PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(if $(USE_SYSTEM_TORCH),--system-site-packages) $(VENV)
