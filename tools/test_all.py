@@ -1,7 +1,8 @@
 """Run every check of the project that needs no GPU, and end with one line: `N passed, N failed, N skipped`.
 
-The linter, the formatter and the type checker count as one test each. Tests run in several pytest processes, because Triton
-decides at import whether it interprets kernels, and because the kernels are held to two releases of it.
+The linter, the formatter and the type checker count as one test each; they run beside the tests, where those leave a core idle. Tests run in
+several pytest processes, because Triton decides at import whether it interprets kernels, and because the kernels are held to two releases of
+it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Targets for which nothing is generated that others do not have: sm_86 is as sm_80, and sm_120 multiplies as sm_80 and copies as sm_90.
 ALIKE = ("sm_86", "sm_120")
 INTERPRETED = {"TRITON_INTERPRET": "1"}
+COMPILATION = "tests/cli/test_compile.py"
+# A worker that is free takes the next file: what a module's tests share, processes among it, is made once.
+BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
+# Or the next test: those that take long and share nothing leave no worker waiting for another.
+BY_TEST = ("--dist", "load", "--maxschedchunk", "1")
+# Each worker begins with a part of its own, in order, and takes of another's when it is done.
+IN_PARTS = ("--dist", "worksteal")
 
 
 @dataclass(frozen=True)
@@ -45,39 +54,31 @@ class Check:
     arguments: tuple[str, ...]
 
     def run(self) -> Counts:
-        result = subprocess.run([sys.executable, "-m", *self.arguments], cwd=ROOT, check=False)
+        # The tests come first: some of them wait for processes.
+        command = ["nice", "-n", "10", sys.executable, "-m", *self.arguments]
+        result = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(f"\n== {self.name}: {' '.join(self.arguments)}\n{result.stdout}", end="", flush=True)
         return Counts(passed=1) if result.returncode == 0 else Counts(failed=1)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One pytest process."""
+    """One pytest process, and how it deals its tests out to its workers."""
 
     name: str
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
+    deal: tuple[str, ...] = IN_PARTS
 
     def run(self) -> Counts:
+        print(f"\n== {self.name}: {' '.join(self.arguments)}", flush=True)
         workers = str(min(os.cpu_count() or 1, 8))
         # One thread a worker: the workers fill the cores already.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         environment = {name: value for name, value in environment.items() if value}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            # Each worker begins with a part of its own, in order: what a module's tests share is seldom made twice.
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-n",
-                workers,
-                "--dist",
-                "worksteal",
-                f"--junitxml={report}",
-                "-m",
-                "not gpu",
-            ]
+            command = [sys.executable, "-m", "pytest", "-q", "-n", workers, *self.deal, f"--junitxml={report}", "-m", "not gpu"]
             code = subprocess.run([*command, *self.arguments], cwd=ROOT, env=environment, check=False).returncode
             counts = read_report(report)
         # A process that died, or that found no test, has failed even when no test did.
@@ -98,28 +99,45 @@ def read_report(path: Path) -> Counts:
 
 def without(targets: tuple[str, ...]) -> list[str]:
     """Arguments of pytest that leave the compilation for some targets out."""
-    test = "tests/cli/test_compile.py::test_what_selection_gives_compiles_for_every_target_within_bounds"
+    test = f"{COMPILATION}::test_what_selection_gives_compiles_for_every_target_within_bounds"
     return [f"--deselect={test}[{target}-" for target in targets]
 
 
-def steps(old_triton: Path) -> list[Check | Suite]:
-    """All steps. `old_triton`: a folder with the oldest Triton served and a numpy that its interpreter takes."""
-    old = {"PYTHONPATH": os.pathsep.join([str(old_triton.resolve()), str(ROOT / "src")])}
-    # An empty value takes a name out of the environment.
-    compiled = {"TRITON_INTERPRET": ""}
+def checks() -> list[Check]:
+    """The steps that are no tests."""
     return [
         Check("lint", ("ruff", "check", ".")),
         Check("format", ("ruff", "format", "--check", ".")),
-        Check("types", ("mypy", "--num-workers", "auto")),
-        Suite("tests", ("tests", "--ignore=tests/kernels", "--ignore=tests/gpu"), compiled),
+        # One process: where cores are scarce, mypy's workers do not answer in time.
+        Check("types", ("mypy",)),
+    ]
+
+
+def suites(old_triton: Path) -> list[Suite]:
+    """All tests. `old_triton`: a folder with the oldest Triton served and a numpy that its interpreter takes."""
+    old = {"PYTHONPATH": os.pathsep.join([str(old_triton.resolve()), str(ROOT / "src")])}
+    # An empty value takes a name out of the environment.
+    compiled = {"TRITON_INTERPRET": ""}
+    others = ("tests/kernels", "tests/gpu", COMPILATION)
+    return [
+        Suite("tests", ("tests", *(f"--ignore={path}" for path in others)), compiled, BY_FILE),
+        Suite("compilation", (COMPILATION,), compiled, BY_TEST),
         Suite("kernels, interpreted", ("tests/kernels",), INTERPRETED),
         Suite("kernels, interpreted, oldest Triton", ("tests/kernels", "--covering"), {**old, **INTERPRETED}),
         Suite(
             "compilation and launches, oldest Triton",
-            ("tests/cli/test_compile.py", "tests/unit/test_replay.py", *without(ALIKE)),
+            (COMPILATION, "tests/unit/test_replay.py", *without(ALIKE)),
             {**old, **compiled},
+            BY_TEST,
         ),
     ]
+
+
+def timed(step: Check | Suite) -> tuple[Counts, str]:
+    """A step's outcomes, and the line that tells of them."""
+    begin = time.monotonic()
+    counts = step.run()
+    return counts, f"{step.name:<40} {counts}  ({time.monotonic() - begin:.0f} s)"
 
 
 def main() -> int:
@@ -128,15 +146,12 @@ def main() -> int:
     old_triton: Path = parser.parse_args().old_triton
     if not (old_triton / "triton").is_dir():
         parser.error(f"--old-triton holds an installed Triton: expected {old_triton / 'triton'}")
-    total = Counts()
-    lines = []
-    for step in steps(old_triton):
-        print(f"\n== {step.name}: {' '.join(step.arguments)}", flush=True)
-        begin = time.monotonic()
-        counts = step.run()
-        total += counts
-        lines.append(f"{step.name:<40} {counts}  ({time.monotonic() - begin:.0f} s)")
-    print("\n" + "\n".join(lines))
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.map(timed, checks())
+        told = [timed(suite) for suite in suites(old_triton)]
+        told = [*waiting, *told]
+    total = sum((counts for counts, _ in told), Counts())
+    print("\n" + "\n".join(line for _, line in told))
     print(total, flush=True)
     return 1 if total.failed else 0
 

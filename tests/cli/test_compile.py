@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections import Counter
@@ -74,25 +73,10 @@ ON_HOPPER = {
     if isinstance(row.config, HopperForwardConfig)
     or (isinstance(row.config, HopperBackwardDqConfig) and row.config.cluster == 2)
 }
-QUICK = {
-    target_and_kernel: list(found)
-    for target_and_kernel, found in itertools.groupby(
-        sorted((v for v in variants(ARCHS, quick=True) if v.config not in ON_HOPPER), key=lambda v: (v.arch, v.kernel)),
-        lambda v: (v.arch, v.kernel),
-    )
-}
-
-
-@pytest.mark.parametrize(("arch", "kernel"), QUICK)
-def test_what_selection_gives_compiles_for_every_target_within_bounds(
-    arch: str, kernel: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """What `weft compile --quick` does, where the tests are: a process for each would begin with importing torch. With the next test it is all
-    of it.
-    """
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for variant in QUICK[arch, kernel]:
-        assert compile_variant(variant).faults(MAX_SPILL) == [], variant
+# What takes longest is begun first: a process that has nothing left to do waits for the others.
+QUICK = sorted(
+    (v for v in variants(ARCHS, quick=True) if v.config not in ON_HOPPER), key=lambda v: not isinstance(v.config, HopperConfig)
+)
 
 
 def test_the_tables_have_every_kind_whose_ptx_is_read() -> None:
@@ -118,6 +102,24 @@ def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> 
                 check_turns(compiled)
         if config.cluster == 2:
             check_fetches(config, call, compiled)
+
+
+def test_a_persistent_grid_counts_with_its_three_atomics_and_no_more() -> None:
+    outcome = compile_variant(HOPPER)
+    assert outcome.error == ""
+    assert outcome.atomics == 3
+    assert outcome.faults(MAX_SPILL) == []
+
+
+@pytest.mark.parametrize("variant", QUICK, ids=lambda variant: f"{variant.arch}-{variant.kernel}")
+def test_what_selection_gives_compiles_for_every_target_within_bounds(
+    variant: Variant, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What `weft compile --quick` does, where the tests are: a process for each would begin with importing torch. With the test before it is
+    all of it.
+    """
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compile_variant(variant).faults(MAX_SPILL) == []
 
 
 def check_turns(compiled: Compiled) -> None:
@@ -353,10 +355,3 @@ def test_an_interpreting_triton_is_refused(weft: Callable[..., subprocess.Comple
     done = weft("compile", "--quick", "--arch", "sm_80", interpret=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr
-
-
-def test_a_persistent_grid_counts_with_its_three_atomics_and_no_more() -> None:
-    outcome = compile_variant(HOPPER)
-    assert outcome.error == ""
-    assert outcome.atomics == 3
-    assert outcome.faults(MAX_SPILL) == []
