@@ -27,11 +27,14 @@ from weft_attn.kernels.matrix import Outcome, Variant, call_of, compile_variant,
 from weft_attn.kernels.offline import Compiled, compile_call
 from weft_attn.launch.config import (
     CONFIGS,
+    WIDEST_NARROW,
     DeltaConfig,
     ForwardConfig,
+    HopperBackwardConfig,
     HopperBackwardDqConfig,
     HopperConfig,
     HopperForwardConfig,
+    PairedConfig,
 )
 from weft_attn.launch.device import TARGETS, target
 from weft_attn.launch.select import tables
@@ -72,6 +75,7 @@ ON_HOPPER = {
     for row in table.rows
     if isinstance(row.config, HopperForwardConfig)
     or (isinstance(row.config, HopperBackwardDqConfig) and row.config.cluster == 2)
+    or (isinstance(row.config, HopperBackwardConfig) and row.head_dim <= WIDEST_NARROW)
 }
 # What takes longest is begun first: a process that has nothing left to do waits for the others.
 QUICK = sorted(
@@ -79,19 +83,25 @@ QUICK = sorted(
 )
 
 
+def cluster_of(config: HopperConfig) -> int:
+    return config.cluster if isinstance(config, PairedConfig) else 1
+
+
 def test_the_tables_have_every_kind_whose_ptx_is_read() -> None:
     forwards = [config for config in ON_HOPPER if isinstance(config, HopperForwardConfig)]
     assert {(config.consumers, config.cluster) for config in forwards} == {(2, 1), (2, 2), (3, 1), (3, 2)}
-    assert {type(config) for config in ON_HOPPER if config.cluster == 2} == {HopperForwardConfig, HopperBackwardDqConfig}
+    in_pairs = [config for config in ON_HOPPER if isinstance(config, PairedConfig) and config.cluster == 2]
+    assert {type(config) for config in in_pairs} == {HopperForwardConfig, HopperBackwardDqConfig}
+    assert HopperBackwardConfig in {type(config) for config in ON_HOPPER}
 
 
 @pytest.mark.parametrize(
-    "config", ON_HOPPER, ids=lambda config: f"{config.kernel}-{ON_HOPPER[config]}-{config.cut[0]}-{config.cluster}"
+    "config", ON_HOPPER, ids=lambda config: f"{config.kernel}-{ON_HOPPER[config]}-{config.cut[0]}-{cluster_of(config)}"
 )
 def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> None:
     """Barriers of their own, registers of their own, parameters by name: the compiler knows nothing of them."""
     # Three consumers have the least room for anything: what is used most, too.
-    for all_features in (True, False) if (config.cut[0], config.cluster) == (192, 2) else (True,):
+    for all_features in (True, False) if (config.cut[0], cluster_of(config)) == (192, 2) else (True,):
         variant = replace(HOPPER, kernel=config.kernel, config=config, head_dim=ON_HOPPER[config], all_features=all_features)
         call = call_of(variant)
         compiled = compile_call(call, "sm_90")
@@ -100,8 +110,10 @@ def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> 
             check_votes(config, compiled.assembly)
             if config.consumers == 3:
                 check_turns(compiled)
-        if config.cluster == 2:
+        if cluster_of(config) == 2:
             check_fetches(config, call, compiled)
+        if isinstance(config, HopperBackwardConfig):
+            check_arrivals(config, compiled.assembly)
 
 
 def test_a_persistent_grid_counts_with_its_three_atomics_and_no_more() -> None:
@@ -120,6 +132,16 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert compile_variant(variant).faults(MAX_SPILL) == []
+
+
+def check_arrivals(config: HopperBackwardConfig, assembly: str) -> None:
+    """Barriers that count warps have as many arrivals as their readers and writers have warps, and each warp arrives once."""
+    counts = Counter(int(count) for count in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[[^]]+\], (\d+);", assembly))
+    # Of the queries' slots and of dS, what two consumers arrive at; of dS, what one does.
+    assert (counts[8], counts[4]) == (config.num_stages + 3, 3)
+    # Two consumers fill and release in edge and in interior tiles; the third releases there.
+    alone = r"bar\.warp\.sync 0xffffffff; elect\.sync _\|leader, 0xffffffff; @leader mbarrier\.arrive\.shared::cta\.b64 _, \["
+    assert len(re.findall(alone, assembly)) == 2 * 2 * 2 + 2
 
 
 def check_turns(compiled: Compiled) -> None:

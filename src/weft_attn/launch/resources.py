@@ -72,8 +72,9 @@ def _tiles(config: LaunchConfig, shape: Shape) -> Tiles | None:
 SMALL_KERNEL = 16 * 1024
 # Barriers and tables.
 RESERVE = 2048
-# What two programs have barriers of both in (kernels/hopper/pair.py: N_WORDS).
-PAIR_WORDS = 1024
+# A buffer of barriers whose addresses are known (kernels/hopper/addresses.py: make_words): two programs have one in common, and where dQ is
+# apart, warps arrive by themselves at the barriers of three.
+WORDS = 1024
 # 32-bit registers of a Hopper multiprocessor.
 REGISTER_FILE = 65536
 
@@ -81,7 +82,7 @@ REGISTER_FILE = 65536
 def shared_memory(config: LaunchConfig, shape: Shape, arch: str) -> int:
     """Bytes of shared memory a program of this config needs on `arch`, an upper bound of what Triton allocates."""
     if isinstance(config, HopperConfig):
-        of_pairs = PAIR_WORDS if isinstance(config, PairedConfig) and config.cluster > 1 else 0
+        of_pairs = WORDS if isinstance(config, PairedConfig) and config.cluster > 1 else 0
         return _hopper_shared_memory(config, shape) + of_pairs + RESERVE
     tiles = _tiles(config, shape)
     if tiles is None:
@@ -121,6 +122,7 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
             return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 2 * 64 * 4)
         # Three boxes of dQ, or one of each consumer.
         boxes = 3 if is_narrow(shape) else 2
+        kept += 3 * WORDS if is_narrow(shape) else 0
         return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * boxes * 64 * 4
     assert isinstance(config, HopperBackwardDqConfig)
     # q, dout and out.
