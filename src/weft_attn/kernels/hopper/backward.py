@@ -3,8 +3,8 @@
 A producer warp group feeds the consumers (by_keys.py): two that own 64 keys of one KV head each, backward_dkdv.py, with dq_sum
 backward_fused.py, or at head dim 64 backward_narrow.py, where a third one has dQ; or above head dim 128 three that share 64 keys,
 backward_wide.py. q, dout (Tq, Hq, D), k, v (Tk, Hkv, D): fp16 or bf16, D 64 or 128, with dq_sum also 256; lse_log2 and delta (Hq * Tq)
-float32 from triton/delta.py or backward_dq.py; dk, dv (Tk, Hkv, D) in their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without its scale is added to it, in any order or in turn (add_in_turn.py).
-Deterministic without dq_sum, and in turn.
+float32 from triton/delta.py or backward_dq.py; dk, dv (Tk, Hkv, D) in their own dtype; dq_sum (Hq, Tq, D) float32, zero before: dQ without
+its scale is added to it, in any order or in turn (add_in_turn.py). Deterministic without dq_sum, and in turn.
 """
 
 from typing import Any
