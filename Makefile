@@ -34,15 +34,18 @@ install: $(VENV)/installed ## create .venv with the package, the demo's, tests' 
 # imported, also where the environment says that it shall not: the tests start torch dozens of times.
 unexport PYTHONDONTWRITEBYTECODE
 
-$(VENV)/installed: pyproject.toml Makefile
+$(VENV)/made: pyproject.toml Makefile
 	@test -n "$(PYTHON)" || { echo "Weft needs Python 3.11 or later on the path (or PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(if $(USE_SYSTEM_TORCH),--system-site-packages) $(VENV)
+	touch $@
+
+$(VENV)/installed: $(VENV)/made
 	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet --no-compile $(TORCH))
 	$(RUN) -m pip install --quiet --no-compile --editable '.[demo,test,dev]'
 	$(if $(USE_SYSTEM_TORCH),,$(RUN) -m pip install --quiet --no-compile --no-deps $(TRITON))
 	touch $@
 
-$(OLD_TRITON_DIR)/installed: $(VENV)/installed
+$(OLD_TRITON_DIR)/installed: $(VENV)/made
 	rm -rf $(OLD_TRITON_DIR)
 	$(RUN) -m pip install --quiet --no-compile --no-deps --target $(OLD_TRITON_DIR) $(foreach r,$(OLD_TRITON),'$(r)')
 	touch $@
@@ -50,7 +53,8 @@ $(OLD_TRITON_DIR)/installed: $(VENV)/installed
 demo: install ## train a small Llama in one process and on four context-parallel ranks, compare and draw them
 	$(VENV)/bin/weft demo
 
-test: install $(OLD_TRITON_DIR)/installed ## every check that needs no GPU; the last line is the count
+test: ## every check that needs no GPU; the last line is the count
+	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/installed $(OLD_TRITON_DIR)/installed
 	$(RUN) tools/test_all.py --old-triton $(OLD_TRITON_DIR)
 
 # Several processes: nearly all of the time is compiling.

@@ -1,8 +1,8 @@
 """Run every check of the project that needs no GPU, and end with one line: `N passed, N failed, N skipped`.
 
-The linter, the formatter and the type checker count as one test each; they run beside the tests, where those leave a core idle. Tests run in
-several pytest processes, because Triton decides at import whether it interprets kernels, and because the kernels are held to two releases of
-it.
+The linter, the formatter and the type checker count as one test each. Tests run in several pytest processes, because Triton decides at import
+whether it interprets kernels, and because the kernels are held to two releases of it. Two of these run at a time: tests that start processes
+wait for them now and then, and a suite's last tests leave a core idle. What runs beside gives way, so that no test waits long for its turn.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,32 +55,42 @@ class Check:
     arguments: tuple[str, ...]
 
     def run(self) -> Counts:
-        # The tests come first: some of them wait for processes.
-        command = ["nice", "-n", "10", sys.executable, "-m", *self.arguments]
-        result = subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(f"\n== {self.name}: {' '.join(self.arguments)}\n{result.stdout}", end="", flush=True)
-        return Counts(passed=1) if result.returncode == 0 else Counts(failed=1)
+        return Counts(passed=1) if run_beside(self.name, self.arguments, dict(os.environ)) == 0 else Counts(failed=1)
+
+
+def run_beside(name: str, arguments: Sequence[str], environment: dict[str, str]) -> int:
+    """Run a Python module while something else runs, which comes first; what it prints appears when it is done. Its exit code."""
+    command = ["nice", "-n", "10", sys.executable, "-m", *arguments]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(f"\n== {name}: {' '.join(arguments)}\n{result.stdout}", end="", flush=True)
+    return result.returncode
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One pytest process, and how it deals its tests out to its workers."""
+    """One pytest process, how it deals its tests out to its workers, and whether it runs beside others."""
 
     name: str
     arguments: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
     deal: tuple[str, ...] = IN_PARTS
+    is_beside: bool = False
 
     def run(self) -> Counts:
-        print(f"\n== {self.name}: {' '.join(self.arguments)}", flush=True)
         workers = str(min(os.cpu_count() or 1, 8))
         # One thread a worker: the workers fill the cores already.
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
         environment = {name: value for name, value in environment.items() if value}
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = [sys.executable, "-m", "pytest", "-q", "-n", workers, *self.deal, f"--junitxml={report}", "-m", "not gpu"]
-            code = subprocess.run([*command, *self.arguments], cwd=ROOT, env=environment, check=False).returncode
+            pytest = ["pytest", "-q", "-n", workers, *self.deal, f"--junitxml={report}", "-m", "not gpu", *self.arguments]
+            if self.is_beside:
+                code = run_beside(self.name, pytest, environment)
+            else:
+                print(f"\n== {self.name}: {' '.join(pytest)}", flush=True)
+                code = subprocess.run([sys.executable, "-m", *pytest], cwd=ROOT, env=environment, check=False).returncode
             counts = read_report(report)
         # A process that died, or that found no test, has failed even when no test did.
         return counts + Counts(failed=1) if code != 0 and counts.failed == 0 else counts
@@ -122,8 +133,9 @@ def suites(old_triton: Path) -> list[Suite]:
     return [
         Suite("tests", ("tests", *(f"--ignore={path}" for path in others)), compiled, BY_FILE),
         Suite("compilation", (COMPILATION,), compiled, BY_TEST),
-        Suite("kernels, interpreted", ("tests/kernels",), INTERPRETED),
-        Suite("kernels, interpreted, oldest Triton", ("tests/kernels", "--covering"), {**old, **INTERPRETED}),
+        # Short tests, which may wait; those of the compilation could run out of time.
+        Suite("kernels, interpreted", ("tests/kernels",), INTERPRETED, is_beside=True),
+        Suite("kernels, interpreted, oldest Triton", ("tests/kernels", "--covering"), {**old, **INTERPRETED}, is_beside=True),
         Suite(
             "compilation and launches, oldest Triton",
             (COMPILATION, "tests/unit/test_replay.py", *without(ALIKE)),
@@ -146,9 +158,10 @@ def main() -> int:
     old_triton: Path = parser.parse_args().old_triton
     if not (old_triton / "triton").is_dir():
         parser.error(f"--old-triton holds an installed Triton: expected {old_triton / 'triton'}")
+    found = suites(old_triton)
     with ThreadPoolExecutor(1) as beside:
-        waiting = beside.map(timed, checks())
-        told = [timed(suite) for suite in suites(old_triton)]
+        waiting = beside.map(timed, [*checks(), *(suite for suite in found if suite.is_beside)])
+        told = [timed(suite) for suite in found if not suite.is_beside]
         told = [*waiting, *told]
     total = sum((counts for counts, _ in told), Counts())
     print("\n" + "\n".join(line for _, line in told))

@@ -82,6 +82,8 @@ QUICK = sorted(
     (v for v in variants(ARCHS, quick=True) if v.config not in ON_HOPPER), key=lambda v: not isinstance(v.config, HopperConfig)
 )
 
+ALL_FEATURES: dict[str, bool] = dict(all_features=True, in_turn=False)
+
 
 def cluster_of(config: HopperConfig) -> int:
     return config.cluster if isinstance(config, PairedConfig) else 1
@@ -100,12 +102,19 @@ def test_the_tables_have_every_kind_whose_ptx_is_read() -> None:
 )
 def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> None:
     """Barriers of their own, registers of their own, parameters by name: the compiler knows nothing of them."""
-    # Three consumers have the least room for anything: what is used most, too.
-    for all_features in (True, False) if (config.cut[0], cluster_of(config)) == (192, 2) else (True,):
-        variant = replace(HOPPER, kernel=config.kernel, config=config, head_dim=ON_HOPPER[config], all_features=all_features)
+    others = [{}]
+    if (config.cut[0], cluster_of(config)) == (192, 2):
+        # Three consumers have the least room for anything: what is used most, too.
+        others.append(dict(all_features=False))
+    if isinstance(config, HopperBackwardConfig):
+        others.append(dict(in_turn=True))
+    for other in others:
+        variant = replace(HOPPER, kernel=config.kernel, config=config, head_dim=ON_HOPPER[config], **(ALL_FEATURES | other))
         call = call_of(variant)
         compiled = compile_call(call, "sm_90")
         assert outcome_of(variant, compiled).faults(MAX_SPILL) == []
+        # A persistent grid counts its items, by rows in two places, and the programs that are done; in turn each program's first item, too.
+        assert compiled.atomics == (2 if isinstance(config, HopperBackwardConfig) and not variant.in_turn else 3)
         if isinstance(config, HopperForwardConfig):
             check_votes(config, compiled.assembly)
             if config.consumers == 3:
@@ -113,14 +122,7 @@ def test_what_the_kernels_say_in_ptx_is_what_they_mean(config: HopperConfig) -> 
         if cluster_of(config) == 2:
             check_fetches(config, call, compiled)
         if isinstance(config, HopperBackwardConfig):
-            check_arrivals(config, compiled.assembly)
-
-
-def test_a_persistent_grid_counts_with_its_three_atomics_and_no_more() -> None:
-    outcome = compile_variant(HOPPER)
-    assert outcome.error == ""
-    assert outcome.atomics == 3
-    assert outcome.faults(MAX_SPILL) == []
+            check_arrivals(config, variant.in_turn, compiled.assembly)
 
 
 @pytest.mark.parametrize("variant", QUICK, ids=lambda variant: f"{variant.arch}-{variant.kernel}")
@@ -134,11 +136,11 @@ def test_what_selection_gives_compiles_for_every_target_within_bounds(
     assert compile_variant(variant).faults(MAX_SPILL) == []
 
 
-def check_arrivals(config: HopperBackwardConfig, assembly: str) -> None:
+def check_arrivals(config: HopperBackwardConfig, in_turn: bool, assembly: str) -> None:
     """Barriers that count warps have as many arrivals as their readers and writers have warps, and each warp arrives once."""
     counts = Counter(int(count) for count in re.findall(r"mbarrier\.init\.shared::cta\.b64 \[[^]]+\], (\d+);", assembly))
-    # Of the queries' slots and of dS, what two consumers arrive at; of dS, what one does.
-    assert (counts[8], counts[4]) == (config.num_stages + 3, 3)
+    # Of the queries' slots and of dS, what two consumers arrive at; of dS, what one does. In turn four partitions hear of each item.
+    assert (counts[8], counts[4]) == (config.num_stages + 3, 3 + (4 if in_turn else 0))
     # Two consumers fill and release in edge and in interior tiles; the third releases there.
     alone = r"bar\.warp\.sync 0xffffffff; elect\.sync _\|leader, 0xffffffff; @leader mbarrier\.arrive\.shared::cta\.b64 _, \["
     assert len(re.findall(alone, assembly)) == 2 * 2 * 2 + 2

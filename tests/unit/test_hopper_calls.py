@@ -11,8 +11,9 @@ from weft_attn.errors import InvalidInput
 from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
 from weft_attn.kernels.hopper.forward import hopper_forward_call
-from weft_attn.kernels.hopper.schedule import grid_of
+from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, grid_of
 from weft_attn.launch import HopperBackwardDqConfig, HopperForwardConfig
+from weft_attn.launch import config as launch_config
 from weft_attn.launch.config import CONFIGS
 from weft_attn.launch.device import Device
 from weft_attn.launch.select import Problem, select
@@ -103,3 +104,7 @@ def test_a_grid_is_never_empty_where_there_is_work_and_a_cluster_shares_a_kv_hea
 def test_values_may_have_more_stages_than_keys() -> None:
     forward, _ = calls_of(2)
     assert (forward.constants["K_STAGES"], forward.constants["V_STAGES"]) == (2, 3)
+
+
+def test_the_producer_gets_what_the_configs_leave_it() -> None:
+    assert PRODUCER_REGISTERS.value == launch_config.PRODUCER_REGISTERS

@@ -33,3 +33,15 @@ SETUP = f"""
 )
 def test_barriers_that_are_only_set_up_are_idle(use: str, idle: list[str]) -> None:
     assert idle_barriers(SETUP + use) == idle
+
+
+def test_barriers_in_a_buffer_that_was_another_are_seen() -> None:
+    """Those whose address is known (kernels/hopper/addresses.py)."""
+    text = f"""
+    %box = ttg.local_alloc : () -> !ttg.memdesc<8x64xbf16, #shared1, #smem, mutable> loc(#loc1)
+    %words = ttg.memdesc_reinterpret %box : !ttg.memdesc<8x64xbf16, #shared1, #smem, mutable> -> {TWO} loc(#loc2)
+    %first = ttg.memdesc_index %words[%c0] : {TWO} -> {ONE} loc(#loc3)
+    ttng.init_barrier %first, 4 : {ONE} loc(#loc4)
+"""
+    assert idle_barriers(text) == ["%words"]
+    assert idle_barriers(text + f"    ttng.wait_barrier %first, %phase : {ONE}") == []

@@ -13,6 +13,7 @@ from weft_attn.launch.config import (
     ForwardConfig,
     HopperBackwardConfig,
     HopperForwardConfig,
+    InvalidConfig,
     LaunchConfig,
     StreamConfig,
 )
@@ -98,11 +99,32 @@ def test_the_copy_engine_came_with_hopper(arch: str, has_tma: bool) -> None:
 
 def test_the_fused_backward_needs_two_stages_and_the_items_of_its_head_dim() -> None:
     h200 = Device("NVIDIA H200", "sm_90", 132, 227 * 1024)
-    for dim, block_k, registers in ((64, 128, 128), (128, 128, 168), (256, 64, 128)):
+    for dim, block_k, max_registers, registers in ((64, 128, 128, 208), (128, 128, 168, 240), (256, 64, 128, 160)):
         shape = Shape(dim, dim, 16)
-        numbers = dict(block_q=64, num_warps=4, max_registers=registers)
+        numbers = dict(block_q=64, num_warps=4, max_registers=max_registers, consumer_registers=registers)
         assert shortfall(HopperBackwardConfig(num_stages=2, block_k=block_k, **numbers), shape, h200) == ""
         assert "two stages" in shortfall(HopperBackwardConfig(num_stages=1, block_k=block_k, **numbers), shape, h200)
         assert "items of" in shortfall(HopperBackwardConfig(num_stages=2, block_k=192 - block_k, **numbers), shape, h200)
         of_128 = HopperBackwardConfig(num_stages=2, block_k=block_k, **(numbers | dict(block_q=128)))
         assert "query tiles of 64" in shortfall(of_128, shape, h200)
+
+
+@pytest.mark.parametrize(("dim", "block_k"), [(64, 128), (256, 64)])
+def test_a_third_consumer_gets_registers_that_a_warp_group_can_have(dim: int, block_k: int) -> None:
+    hopper, shape = TARGETS["sm_90"], Shape(dim, dim, 16)
+    config = HopperBackwardConfig(block_q=64, block_k=block_k, num_warps=4, num_stages=2, max_registers=128)
+    assert "a third consumer 24 or more, given 240 of 128, which leave 8" in shortfall(config, shape, hopper)
+    assert shortfall(replace(config, consumer_registers=232), shape, hopper) == ""
+
+
+@pytest.mark.parametrize("name", ["consumer_registers", "max_registers"])
+@pytest.mark.parametrize("value", [0, 16, 236, 264, 128.0])
+def test_registers_are_what_a_thread_can_have(name: str, value: float) -> None:
+    with pytest.raises(InvalidConfig, match=name):
+        HopperForwardConfig(block_k=128, num_warps=4, num_stages=2, **{name: value})  # type: ignore[arg-type]
+
+
+def test_the_fused_backward_serves_three_head_dims() -> None:
+    config = HopperBackwardConfig(block_q=64, num_warps=4, num_stages=2)
+    for dim in (16, 32):
+        assert "expected head dims 64, 128 or 256" in shortfall(config, Shape(dim, dim, 16), TARGETS["sm_90"])

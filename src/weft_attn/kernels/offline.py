@@ -91,7 +91,8 @@ def idle_barriers(text: str) -> list[str]:
     Returns:
         the names of their allocations.
     """
-    owners = {name: name for name in re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<[\dx]*xi64,", text)}
+    made = r"(%\w+) = ttg\.(?:local_alloc|memdesc_reinterpret)\b.* -> !ttg\.memdesc<[\dx]*xi64,"
+    owners = {name: name for name in re.findall(made, text)}
     used: set[str] = set()
     for line in text.splitlines():
         names = [name for name in re.findall(r"%\w+", line) if name in owners]
@@ -99,8 +100,9 @@ def idle_barriers(text: str) -> list[str]:
         if indexed and indexed[2] in owners:
             # One of several.
             owners[indexed[1]] = owners[indexed[2]]
-        elif not re.match(r"\s*(ttng\.init_barrier|%\w+ = ttg\.local_alloc)\b", line):
-            used.update(owners[name] for name in names)
+        elif not re.match(r"\s*ttng\.init_barrier\b", line):
+            result = re.match(r"\s*(%\w+) = ", line)
+            used.update(owners[name] for name in names if result is None or name != result[1])
     return [name for name, owner in owners.items() if name == owner and name not in used]
 
 

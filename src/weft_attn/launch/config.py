@@ -19,6 +19,8 @@ CACHE_MODIFIERS = ("", ".ca", ".cg")
 WIDEST_PAIR = 128
 # The widest head of which the two leave registers for a third warp group, which has dQ.
 WIDEST_NARROW = 64
+# Registers a thread that a producer keeps: the fewest that a warp group can have, which has them by eights.
+PRODUCER_REGISTERS = 24
 # Rows that a consumer of Hopper's kernels multiplies at a time.
 ROWS_PER_CONSUMER = 64
 
@@ -133,6 +135,18 @@ class HopperConfig(LaunchConfig):
     consumer_registers: int = 240
     max_registers: int = 168
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("consumer_registers", "max_registers"):
+            value = getattr(self, name)
+            require(
+                isinstance(value, int) and PRODUCER_REGISTERS <= value <= 256 and value % 8 == 0,
+                f"{name} are what a thread can have",
+                expected=f"{PRODUCER_REGISTERS}..256, a multiple of 8",
+                given=value,
+                error=InvalidConfig,
+            )
+
     @property
     def rows_per_item(self) -> int:
         """Rows of an item, those of all consumers, where there are two."""
@@ -215,6 +229,11 @@ class HopperBackwardConfig(HopperConfig):
     block_q: int
     block_k: int = 128
     in_turn: bool = False
+
+    @property
+    def third_registers(self) -> int:
+        """What a third consumer's thread gets: what two others and the producer leave."""
+        return 4 * self.max_registers - 2 * self.consumer_registers - PRODUCER_REGISTERS
 
     @property
     def cut(self) -> tuple[int, int]:

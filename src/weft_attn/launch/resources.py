@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from weft_attn.launch.config import (
+    PRODUCER_REGISTERS,
     ROWS_PER_CONSUMER,
     WIDEST_NARROW,
     WIDEST_PAIR,
@@ -114,13 +115,13 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
     if isinstance(config, HopperBackwardDkdvConfig):
         return 2 * own + config.num_stages * config.block_q * (2 * row + 8)
     if isinstance(config, HopperBackwardConfig):
-        # dS of two steps, or P and dS of one; where dQ is apart dS of three.
+        # dS of two steps, or P and dS of one; where dQ is apart dS of three (kernels/hopper/backward_narrow.py: DSCORES_STAGES).
         exchanged = (3 if is_narrow(shape) else 2) * config.block_k * config.block_q * (shape.dtype_bits // 8)
         kept = 2 * config.block_k * row + exchanged
         if is_wide(shape):
             # One slot of dout, two boxes of 64 columns of dQ in float32 on their way out.
             return kept + config.num_stages * config.block_q * (row + 8) + config.block_q * (row + 2 * 64 * 4)
-        # Three boxes of dQ, or one of each consumer.
+        # Three boxes of dQ (NARROW_PLACES), or one of each consumer.
         boxes = 3 if is_narrow(shape) else 2
         kept += 3 * WORDS if is_narrow(shape) else 0
         return kept + config.num_stages * config.block_q * (2 * row + 8) + config.block_q * boxes * 64 * 4
@@ -145,7 +146,9 @@ def accumulator_registers(config: LaunchConfig, shape: Shape, threads_per_warp: 
         # A consumer holds one gradient and no tile of scores.
         return config.block_k * d // threads
     if isinstance(config, HopperBackwardConfig | HopperBackwardDkdvConfig):
-        return ROWS_PER_CONSUMER * (d + dv + 2 * config.block_q) // threads
+        # Keys and values too, two elements a register, where they are operands.
+        operands = (d + dv) // 2 if isinstance(config, HopperBackwardConfig) and is_narrow(shape) else 0
+        return ROWS_PER_CONSUMER * (d + dv + 2 * config.block_q + operands) // threads
     if isinstance(config, HopperBackwardDqConfig):
         return ROWS_PER_CONSUMER * (d + 2 * config.block_k) // threads
     return 0
@@ -171,6 +174,8 @@ def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
     """What `device` lacks to run `config`, in words; empty when it fits."""
     if isinstance(config, HopperBackwardConfig) and config.block_k != (64 if is_wide(shape) else 128):
         return f"expected items of 128 keys, or of 64 for head dims above {WIDEST_PAIR}, given {config.block_k} at {shape.head_dim}"
+    if isinstance(config, HopperBackwardConfig) and shape.head_dim not in (WIDEST_NARROW, WIDEST_PAIR, 2 * WIDEST_PAIR):
+        return f"expected head dims {WIDEST_NARROW}, {WIDEST_PAIR} or {2 * WIDEST_PAIR}, given {shape.head_dim}"
     if isinstance(config, HopperBackwardConfig) and config.block_q != ROWS_PER_CONSUMER:
         return f"expected query tiles of {ROWS_PER_CONSUMER}, a box of dQ's rows, given {config.block_q}"
     if isinstance(config, HopperBackwardConfig) and config.in_turn and is_wide(shape):
@@ -181,6 +186,15 @@ def shortfall(config: LaunchConfig, shape: Shape, device: Device) -> str:
             return (
                 f"expected at most {REGISTER_FILE // threads} max_registers for {threads} threads, given {config.max_registers}"
             )
+    if (
+        isinstance(config, HopperBackwardConfig)
+        and _has_three_consumers(config, shape)
+        and config.third_registers < PRODUCER_REGISTERS
+    ):
+        return (
+            f"expected consumer_registers that leave a third consumer {PRODUCER_REGISTERS} or more, given "
+            f"{config.consumer_registers} of {config.max_registers}, which leave {config.third_registers}"
+        )
     if isinstance(config, HopperBackwardConfig) and config.num_stages < 2:
         return "expected two stages or more, because a step asks for the next one's queries before it releases its own, given 1"
     needed = shared_memory(config, shape, device.arch)

@@ -75,11 +75,11 @@ def hopper_backward_kernel(
     HAS_SOFTCAP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     THIRD_REGISTERS: gl.constexpr,
+    IS_NARROW: gl.constexpr,
     IS_WIDE: gl.constexpr,
     LAYOUT_DIGEST: gl.constexpr,
 ):
     WITH_DQ: gl.constexpr = dq_sum_desc is not None
-    IS_NARROW: gl.constexpr = WITH_DQ and HEAD_DIM == BOX_COLUMNS
     if IS_NARROW:
         write_addresses()
     # An integer that is 1 comes as a constant.
@@ -228,12 +228,13 @@ def hopper_backward_call(
     """
     inner_scale, outer_scale = score_scales(softmax_scale, softcap)
     kv_heads = k.shape[1]
-    # Three consumers share 64 keys.
+    # Three consumers share 64 keys, or 128 where one box is all columns of dQ.
     is_wide = config.cut[0] == ROWS.value
+    is_narrow = dq_sum is not None and q.shape[2] == BOX_COLUMNS.value
     require(
         (turns is None) == (afters is None) and (turns is None or (dq_sum is not None and not is_wide)),
-        "programs add in turn to dq_sum, with two consumers",
-        expected="turns and afters, and dq_sum, for head dims that two consumers share",
+        "programs add in turn to dq_sum where items have 128 keys",
+        expected="turns and afters, and dq_sum, for head dims up to 128",
         given=f"turns {turns is not None}, afters {afters is not None}, dq_sum {dq_sum is not None}, head dim {q.shape[2]}",
     )
     return KernelCall(
@@ -279,8 +280,9 @@ def hopper_backward_call(
             BLOCK_Q=config.block_q,
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
+            IS_NARROW=is_narrow,
             IS_WIDE=is_wide,
-            THIRD_REGISTERS=4 * config.max_registers - 2 * config.consumer_registers - PRODUCER_REGISTERS.value,
+            THIRD_REGISTERS=config.third_registers if is_narrow or is_wide else 0,
             CONSUMER_REGISTERS=config.consumer_registers,
         ),
         num_warps=config.num_warps,

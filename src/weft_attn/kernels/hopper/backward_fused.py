@@ -5,8 +5,8 @@
 
 The consumers exchange dS through shared memory, and each computes half of a query tile's dQ over all 128 keys. The copy engine adds it to
 dq_sum (Hq, Tq, D) float32, unscaled, in whatever order items come: not deterministic; or a warp of its own has it added in turn
-(add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An
-item with fewer than 128 keys must come without interior tiles (`Tiling.masks_ragged`): a key that is not of the item would reach dQ.
+(add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys must come without interior
+tiles (`Tiling.masks_ragged`): a key that is not of the item would reach dQ.
 """
 
 from triton.experimental import gluon

@@ -36,7 +36,6 @@ from weft_attn.kernels.hopper.outbox import BOX_COLUMNS, Outbox, make_outbox
 from weft_attn.kernels.hopper.tiles import ROWS, clean_rows, product_layout, zero_rows
 from weft_attn.kernels.triton.visibility import interior_of_part, next_edge_tile, next_tile_of_walk
 
-WIDE_CONSUMERS = gl.constexpr(3)
 # dout is read early in a step and at once, q from the step before to the step's end: one slot is enough, and makes room for dQ.
 DOUT_STAGES = gl.constexpr(1)
 # Room for boxes of dQ. A step sends four: turns go on from step to step.

@@ -17,9 +17,9 @@ class Slots:
     """`STAGES` slots in turn.
 
     Attributes:
-        full: (STAGES, 1) barriers that complete when a slot is filled.
-        empty: (STAGES, 1) barriers that complete when every consumer has released a slot.
-        FILLED_BY_WARPS, RELEASED_BY_WARPS: of which of both each warp arrives by itself (barriers.py).
+        full: a barrier for each slot, complete when it is filled.
+        empty: likewise, when every consumer has released it.
+        FILLED_BY_WARPS, RELEASED_BY_WARPS: at `full`, at `empty`, each warp arrives by itself (barriers.py).
     """
 
     full: gl.shared_memory_descriptor | WarpBarriers
@@ -39,6 +39,7 @@ class Slots:
     @gluon.jit
     def acquire(self, step, N_BYTES: gl.constexpr):
         """Producer: wait until the slot is free, and announce how many bytes will come; the slot, and the barrier that counts them."""
+        gl.static_assert(not self.FILLED_BY_WARPS, "an announcement is one arrival")
         slot = self.wait_empty(step)
         full = self.full.index(slot)
         mbarrier.expect(full, N_BYTES)
@@ -120,7 +121,7 @@ def make_slots(
     FILLED_BY_WARPS: gl.constexpr = False, RELEASED_BY_WARPS: gl.constexpr = False,
 ):  # fmt: skip
     """Slots that `CONSUMERS` partitions read. One is filled once `FILLERS` have arrived, of which `acquire`'s announcement is one, and what it
-    announced has come. Where each warp arrives by itself, consumers or fillers are warp groups.
+    announced has come. Where each warp arrives by itself, consumers or fillers are warp groups, and nothing is announced to such fillers.
     """
     full = _make_barriers(STAGES, FILLERS, FILLED_BY_WARPS)
     empty = _make_barriers(STAGES, CONSUMERS, RELEASED_BY_WARPS)

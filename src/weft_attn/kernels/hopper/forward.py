@@ -53,7 +53,7 @@ MIN_SCALE = 1.2e-38
 # A row's shift is what its scores are lowered by: the largest one of a tile that it has seen, in powers of two. Before the first, this:
 # the first score that the row sees has an infinite weight then.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-# The shift of what is no row of the item: its weights are 0, whatever it is, so that no vote is lost for it.
+# The shift of what is no row of the item: its weights are 0 unless its scores are infinite or NaN, so that no vote is lost for it.
 HIGHEST = gl.constexpr(3.4028234663852886e38)
 # The shift serves while what a thread adds up of a tile is up to this, 2 ** 12, as bits of float32 and as PTX has it: 16-bit floats hold such
 # weights, with the rounding that they have at 1. The row's largest score is never below the shift, so that its weight is 1 or more.

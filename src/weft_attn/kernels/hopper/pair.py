@@ -12,12 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from weft_attn.kernels.hopper.addresses import N_WORDS, ROW_BYTES, WORD_BYTES, address_of, make_words
+from weft_attn.kernels.hopper.barriers import WARPS
 from weft_attn.kernels.hopper.compat import aggregate, as_words
 from weft_attn.kernels.hopper.tiles import one_a_lane
 
 PROGRAMS = gl.constexpr(2)
-# Warps of a consumer. Each arrives by itself, so that none waits for the others.
-WARPS = gl.constexpr(4)
 # Numbers on their way from the first program to the second.
 LETTERS = gl.constexpr(2)
 # Parameters that a tensor descriptor of two dimensions is passed as: itself, its shape, its strides.

@@ -28,7 +28,7 @@ SHORT = gl.constexpr(8)
 # run's. A walk by keys has two parts (`edges_of_part`): the first edge run of each, and the first interior run.
 RECORD_ROWS = gl.constexpr(8)
 NUMBER, HEAD, ITEM, EDGES, EDGES_OF_NEXT_PART, INTERIOR = (gl.constexpr(row) for row in range(6))
-# Registers a thread that are left to the producer.
+# Registers a thread that are left to the producer, as launch/config.py has it.
 PRODUCER_REGISTERS = gl.constexpr(24)
 # int32 of the counter: numbers taken, programs done.
 COUNTER_SIZE = 2
