@@ -34,6 +34,9 @@ from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agree
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 
+# Scales of scores below it: a statistic divided by one might not be finite.
+LEAST_SCALE = 2.0**-64
+
 
 @gluon.jit(do_not_specialize=layout.OF_THE_BATCH)
 def hopper_backward_kernel(
@@ -73,6 +76,7 @@ def hopper_backward_kernel(
     BLOCK_Q: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
+    FOLDS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     THIRD_REGISTERS: gl.constexpr,
     IS_NARROW: gl.constexpr,
@@ -88,7 +92,7 @@ def hopper_backward_kernel(
         gl.to_tensor(stride_qh), gl.to_tensor(stride_kh), gl.to_tensor(stride_vh), gl.to_tensor(stride_doh),
         gl.to_tensor(stride_dkt), gl.to_tensor(stride_dkh), gl.to_tensor(stride_dvt), gl.to_tensor(stride_dvh),
         gl.to_tensor(stride_stats_h), zero, softmax_scale, inner_scale, outer_scale,
-        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
+        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP, FOLDS,
     )  # fmt: skip
     IN_TURN: gl.constexpr = turns_ptr is not None
     ADDERS: gl.constexpr = HEAD_DIM // BOX_COLUMNS if IN_TURN else 0
@@ -231,6 +235,8 @@ def hopper_backward_call(
     # Three consumers share 64 keys, or 128 where one box is all columns of dQ.
     is_wide = config.cut[0] == ROWS.value
     is_narrow = dq_sum is not None and q.shape[2] == BOX_COLUMNS.value
+    # A capped score is no sum, and what is divided by the scale has to be finite.
+    folds = dq_sum is not None and not is_wide and not is_narrow and softcap == 0 and abs(outer_scale) >= LEAST_SCALE
     require(
         (turns is None) == (afters is None) and (turns is None or (dq_sum is not None and not is_wide)),
         "programs add in turn to dq_sum where items have 128 keys",
@@ -280,6 +286,7 @@ def hopper_backward_call(
             BLOCK_Q=config.block_q,
             STAGES=config.num_stages,
             HAS_SOFTCAP=softcap > 0,
+            FOLDS=folds,
             IS_NARROW=is_narrow,
             IS_WIDE=is_wide,
             THIRD_REGISTERS=config.third_registers if is_narrow or is_wide else 0,

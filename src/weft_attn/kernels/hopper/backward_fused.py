@@ -24,7 +24,8 @@ from weft_attn.kernels.hopper.by_keys import (
     differentiate,
     first_edges,
     first_interior,
-    multiply_queries,
+    multiply_dprobs,
+    multiply_scores,
     rows_of_item,
     seen_by,
     weigh,
@@ -79,7 +80,7 @@ def _multiply_dq(p, exchange, step, k_tiles, zero, CONSUMER: gl.constexpr):
 def _multiply_scores(p, memory, step, zero, CONSUMER: gl.constexpr):
     """Start the product of the keys and a step's queries, once they are there."""
     memory.slots.wait(step)
-    return multiply_queries(p, memory.k.tiles.index(CONSUMER + zero), memory.q.index(step % memory.slots.STAGES))
+    return multiply_scores(p, memory, step % memory.slots.STAGES, memory.k.tiles.index(CONSUMER + zero))
 
 
 @gluon.jit
@@ -92,7 +93,7 @@ def _accumulate_tile(
     slot = step % memory.slots.STAGES
     q_tile = memory.q.index(slot)
     dout_tile = memory.dout.index(slot)
-    dprobs = multiply_queries(p, memory.v.tiles.index(CONSUMER + zero), dout_tile)
+    dprobs = multiply_dprobs(p, memory, slot, memory.v.tiles.index(CONSUMER + zero), dout_tile)
     seen = first
     if IS_MASKED:
         seen = seen_by(p, first, stop, col)

@@ -14,7 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from weft_attn.kernels.hopper.channel import Ring, Slots, make_ring, make_slots, make_tiles
 from weft_attn.kernels.hopper.compat import aggregate, load_box
 from weft_attn.kernels.hopper.schedule import EDGES, INTERIOR, Schedule, load_item
-from weft_attn.kernels.hopper.statistics import load_statistics, make_statistics, read_statistics
+from weft_attn.kernels.hopper.statistics import (
+    add_delta,
+    add_lse,
+    load_both,
+    load_statistics,
+    make_parts,
+    make_statistics,
+    read_statistics,
+    store_parts,
+)
 from weft_attn.kernels.hopper.tiles import (
     CONSUMERS,
     ROWS,
@@ -40,7 +49,10 @@ from weft_attn.kernels.triton.visibility import (
 
 @aggregate
 class Problem:
-    """What every warp role is told: tensors, tables, scalars and the tile sizes."""
+    """What every warp role is told: tensors, tables, scalars and the tile sizes.
+
+    FOLDS: products begin with row statistics (statistics.py), which nobody reads then.
+    """
 
     q_desc: tma.tensor_descriptor
     k_desc: tma.tensor_descriptor
@@ -69,13 +81,14 @@ class Problem:
     HEAD_DIM: gl.constexpr
     BLOCK_Q: gl.constexpr
     HAS_SOFTCAP: gl.constexpr
+    FOLDS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, q_desc, k_desc, v_desc, dout_desc, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, runs_ptr,
         stride_qh, stride_kh, stride_vh, stride_doh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
         stride_stats_h, zero, softmax_scale, inner_scale, outer_scale,
-        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP,
+        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP, FOLDS=False,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = q_desc, k_desc, v_desc, dout_desc
         self.lse_log2_ptr, self.delta_ptr = lse_log2_ptr, delta_ptr
@@ -89,6 +102,7 @@ class Problem:
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.BLOCK_Q = gl.constexpr(BLOCK_Q)
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
+        self.FOLDS = gl.constexpr(FOLDS)
 
 
 @aggregate
@@ -99,6 +113,7 @@ class Memory:
         k, v: a slot for each 64 keys of an item.
         slots: for query tiles of one head: q, lse_log2, delta, and dout unless it has slots of its own.
         dout_slots: dout's own slots; otherwise `slots`.
+        parts: where statistics are folded, their parts; otherwise, and where they are not lse_log2 and delta, what the others are.
     """
 
     schedule: Schedule
@@ -110,12 +125,13 @@ class Memory:
     dout: gl.shared_memory_descriptor
     lse_log2: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
+    parts: gl.shared_memory_descriptor
     IS_DOUT_APART: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, IS_DOUT_APART):
+    def __init__(self, schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, parts, IS_DOUT_APART):
         self.schedule, self.k, self.v, self.slots, self.dout_slots = schedule, k, v, slots, dout_slots
-        self.q, self.dout, self.lse_log2, self.delta = q, dout, lse_log2, delta
+        self.q, self.dout, self.lse_log2, self.delta, self.parts = q, dout, lse_log2, delta, parts
         self.IS_DOUT_APART = gl.constexpr(IS_DOUT_APART)
 
 
@@ -130,15 +146,24 @@ def _load_queries(p, memory, step, kv_head, run, n_tiles, direction):
         for _ in range(n_tiles):
             for head in range(kv_head * p.GROUP, (kv_head + 1) * p.GROUP):
                 # Asked for before the slot is free, so that nobody waits for them.
-                lse_log2, delta = load_statistics(
-                    p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS
-                )
+                if p.FOLDS:
+                    added = load_both(
+                        p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, 1.0 / p.outer_scale,
+                        p.BLOCK_Q, memory.schedule.PRODUCER_WARPS,
+                    )  # fmt: skip
+                else:
+                    lse_log2, delta = load_statistics(
+                        p.lse_log2_ptr, p.delta_ptr, head, col, p.stride_stats_h, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS
+                    )
                 slot, full = memory.slots.acquire(step, N_BYTES)
                 load_box(p.q_desc, [col, head * p.stride_qh], full, memory.q.index(slot))
                 if not memory.IS_DOUT_APART:
                     load_box(p.dout_desc, [col, head * p.stride_doh], full, memory.dout.index(slot))
-                memory.lse_log2.index(slot).store(lse_log2)
-                memory.delta.index(slot).store(delta)
+                if p.FOLDS:
+                    store_parts(memory.parts.index(slot), added, p.BLOCK_Q, memory.schedule.PRODUCER_WARPS)
+                else:
+                    memory.lse_log2.index(slot).store(lse_log2)
+                    memory.delta.index(slot).store(delta)
                 mbarrier.arrive(full, count=1)
                 if memory.IS_DOUT_APART:
                     dout_slot, dout_full = memory.dout_slots.acquire(step, DOUT_BYTES)
@@ -210,10 +235,17 @@ def make_memory(
     dout_slots = slots
     if IS_DOUT_APART:
         dout_slots = make_slots(DOUT_STAGES, CONSUMERS)
-    return Memory(
-        schedule, k, v, slots, dout_slots, make_tiles(p.q_desc, STAGES), make_tiles(p.dout_desc, dout_slots.STAGES),
-        make_statistics(p.BLOCK_Q, STAGES), make_statistics(p.BLOCK_Q, STAGES), IS_DOUT_APART,
-    )  # fmt: skip
+    q = make_tiles(p.q_desc, STAGES)
+    dout = make_tiles(p.dout_desc, dout_slots.STAGES)
+    if p.FOLDS:
+        parts = make_parts(p.BLOCK_Q, STAGES)
+        lse_log2 = parts
+        delta = parts
+    else:
+        lse_log2 = make_statistics(p.BLOCK_Q, STAGES)
+        delta = make_statistics(p.BLOCK_Q, STAGES)
+        parts = lse_log2
+    return Memory(schedule, k, v, slots, dout_slots, q, dout, lse_log2, delta, parts, IS_DOUT_APART)
 
 
 # ---- what the consumers share -------------------------------------------------------------------------------------------
@@ -267,12 +299,37 @@ def multiply_queries(p, own, queries):
 
 
 @gluon.jit
+def multiply_scores(p, memory, slot, keys):
+    """Start the product of a consumer's keys and a slot's queries, as `weigh` takes it."""
+    if p.FOLDS:
+        scores = add_lse(memory.parts.index(slot), ROWS, p.BLOCK_Q)
+        scores = warpgroup_mma(keys, memory.q.index(slot).permute((1, 0)), scores, is_async=True)
+    else:
+        scores = multiply_queries(p, keys, memory.q.index(slot))
+    return scores
+
+
+@gluon.jit
+def multiply_dprobs(p, memory, slot, values, dout):
+    """Start the product of a consumer's values and the dout that belongs to a slot, as `differentiate` takes it."""
+    if p.FOLDS:
+        dprobs = add_delta(memory.parts.index(slot), ROWS, p.BLOCK_Q)
+        dprobs = warpgroup_mma(values, dout.permute((1, 0)), dprobs, is_async=True)
+    else:
+        dprobs = multiply_queries(p, values, dout)
+    return dprobs
+
+
+@gluon.jit
 def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
     """P of a tile of products, and the capped scores; zero where not `seen`."""
-    lse_log2 = read_statistics(memory.lse_log2.index(slot), p.BLOCK_Q)
-    if p.HAS_SOFTCAP:
-        scores = cap_scores(scores, p.inner_scale)
-    probs = gl.exp2(scores * p.outer_scale - lse_log2[None, :])
+    if p.FOLDS:
+        probs = gl.exp2(scores * p.outer_scale)
+    else:
+        lse_log2 = read_statistics(memory.lse_log2.index(slot), p.BLOCK_Q)
+        if p.HAS_SOFTCAP:
+            scores = cap_scores(scores, p.inner_scale)
+        probs = gl.exp2(scores * p.outer_scale - lse_log2[None, :])
     if IS_MASKED:
         probs = hide(probs, seen, ZERO)
     return probs, scores
@@ -281,8 +338,11 @@ def weigh(p, memory, slot, scores, seen, IS_MASKED: gl.constexpr):
 @gluon.jit
 def differentiate(p, memory, slot, probs, scores, dprobs, seen, IS_MASKED: gl.constexpr):
     """dS of a tile in the input dtype; zero where not `seen`, whatever dP is there."""
-    delta = read_statistics(memory.delta.index(slot), p.BLOCK_Q)
-    dscores = probs * (dprobs - delta[None, :])
+    if p.FOLDS:
+        dscores = probs * dprobs
+    else:
+        delta = read_statistics(memory.delta.index(slot), p.BLOCK_Q)
+        dscores = probs * (dprobs - delta[None, :])
     if p.HAS_SOFTCAP:
         dscores = dscores * (1.0 - scores * scores)
     if IS_MASKED:
