@@ -169,9 +169,11 @@ def test_items_without_edge_tiles_and_items_without_any_match_the_oracle(dim: in
 
 
 @pytest.mark.parametrize("name", ["packed_window", "causal_more_rows"])
-@pytest.mark.parametrize("dim", [64, 128])
-def test_a_scale_of_zero_matches_the_oracle(name: str, dim: int) -> None:
-    check(replace(MAIN, plan=name, head_dim=dim, softmax_scale=0.0))
+@pytest.mark.parametrize("scale", [0.0, 1e-25, -0.2, 2.0])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_any_scale_matches_the_oracle(name: str, scale: float, dim: int) -> None:
+    """Row statistics, rows without keys among them, are divided by a scale where products begin with them."""
+    check(replace(MAIN, plan=name, head_dim=dim, softmax_scale=scale))
 
 
 @pytest.mark.parametrize("name", ["zigzag_padded", "causal_more_rows", "shared_prefix", "window_both"])

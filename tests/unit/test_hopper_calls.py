@@ -9,6 +9,8 @@ import torch
 
 from weft_attn.errors import InvalidInput
 from weft_attn.kernels.call import KernelCall
+from weft_attn.kernels.hopper import statistics
+from weft_attn.kernels.hopper.backward import hopper_backward_call
 from weft_attn.kernels.hopper.backward_dq import hopper_backward_dq_call
 from weft_attn.kernels.hopper.forward import hopper_forward_call
 from weft_attn.kernels.hopper.schedule import PRODUCER_REGISTERS, grid_of
@@ -108,3 +110,25 @@ def test_values_may_have_more_stages_than_keys() -> None:
 
 def test_the_producer_gets_what_the_configs_leave_it() -> None:
     assert PRODUCER_REGISTERS.value == launch_config.PRODUCER_REGISTERS
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("scale", "softcap", "folds"),
+    [(0.1, 0.0, True), (-0.1, 0.0, True), (1e-18, 0.0, True), (0.1, 2.0, False), (0.0, 0.0, False), (1e-20, 0.0, False)],
+)
+def test_products_begin_with_statistics_where_a_scale_divides_them_and_nothing_caps_their_sum(
+    dim: int, scale: float, softcap: float, folds: bool
+) -> None:
+    q, kv = torch.empty(128, 8, dim, dtype=torch.bfloat16), torch.empty(128, 2, dim, dtype=torch.bfloat16)
+    table, statistic = torch.zeros(1, 8, dtype=torch.int32), torch.empty(8 * 128)
+    call = hopper_backward_call(
+        q=q, k=kv, v=kv, dout=q, lse_log2=statistic, delta=statistic, dk=kv, dv=kv, dq_sum=torch.empty(8, 128, dim),
+        items=table, runs=table, n_items=1, heads_per_wave=2, last_heads=2, counter=torch.zeros(2, dtype=torch.int32),
+        softmax_scale=scale, softcap=softcap, multiprocessors=132,
+        config=select("hopper_backward", Problem(dim, dim, 16), H200).config,
+    )  # fmt: skip
+    assert call.constants["FOLDS"] is folds
+    if folds:
+        # The largest statistic in use is finite after the division, and the rest of an infinite one is none.
+        assert abs(1e5 / call.arguments["outer_scale"]) < statistics.ENOUGH.value

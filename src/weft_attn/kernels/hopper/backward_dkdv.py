@@ -15,7 +15,8 @@ from weft_attn.kernels.hopper.by_keys import (
     clean_queries,
     differentiate,
     first_edges,
-    multiply_queries,
+    multiply_dprobs,
+    multiply_scores,
     seen_by,
     weigh,
     write_dk,
@@ -32,8 +33,8 @@ def _accumulate_tile(p, memory, step, own_slot, dk_acc, dv_acc, first, stop, col
     slot = step % memory.slots.STAGES
     q_tile = memory.q.index(slot)
     dout_tile = memory.dout.index(slot)
-    scores = multiply_queries(p, memory.k.tiles.index(own_slot), q_tile)
-    dprobs = multiply_queries(p, memory.v.tiles.index(own_slot), dout_tile)
+    scores = multiply_scores(p, memory, slot, memory.k.tiles.index(own_slot))
+    dprobs = multiply_dprobs(p, memory, slot, memory.v.tiles.index(own_slot), dout_tile)
     seen = first
     if IS_MASKED:
         seen = seen_by(p, first, stop, col)

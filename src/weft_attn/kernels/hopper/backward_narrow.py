@@ -24,7 +24,8 @@ from weft_attn.kernels.hopper.by_keys import (
     differentiate,
     first_edges,
     first_interior,
-    multiply_queries,
+    multiply_dprobs,
+    multiply_scores,
     rows_of_item,
     seen_by,
     weigh,
@@ -55,7 +56,7 @@ def make_dscores(p):
 def _multiply_scores(p, memory, step, keys):
     """Start the product of the keys and a step's queries, once they are there."""
     slot = memory.slots.wait(step)
-    return multiply_queries(p, keys, memory.q.index(slot))
+    return multiply_scores(p, memory, slot, keys)
 
 
 @gluon.jit
@@ -68,7 +69,7 @@ def _accumulate_tile(
     slot = step % memory.slots.STAGES
     q_tile = memory.q.index(slot)
     dout_tile = memory.dout.index(slot)
-    dprobs = multiply_queries(p, values, dout_tile)
+    dprobs = multiply_dprobs(p, memory, slot, values, dout_tile)
     seen = first
     if IS_MASKED:
         seen = seen_by(p, first, stop, col)

@@ -23,7 +23,8 @@ from weft_attn.kernels.hopper.by_keys import (
     differentiate,
     first_edges,
     first_interior,
-    multiply_queries,
+    multiply_dprobs,
+    multiply_scores,
     rows_of_item,
     seen_by,
     weigh,
@@ -135,7 +136,7 @@ def sum_products(p, memory, exchange, IS_DV: gl.constexpr):
 def _multiply_scores(p, memory, step, zero):
     """Start the product of the keys and a step's queries, once they are there."""
     slot = memory.slots.wait(step)
-    return multiply_queries(p, memory.k.tiles.index(zero), memory.q.index(slot))
+    return multiply_scores(p, memory, slot, memory.k.tiles.index(zero))
 
 
 @gluon.jit
@@ -171,7 +172,7 @@ def _weigh_tile(p, memory, exchange, step, last_step, zero, scores, first, stop,
     """Hand on P and dS of one query tile of one head, and send its dQ; the next step's scores."""
     slot = step % memory.slots.STAGES
     dout_slot = memory.dout_slots.wait(step)
-    dprobs = multiply_queries(p, memory.v.tiles.index(zero), memory.dout.index(dout_slot + zero))
+    dprobs = multiply_dprobs(p, memory, slot, memory.v.tiles.index(zero), memory.dout.index(dout_slot + zero))
     seen = first
     if IS_MASKED:
         seen = seen_by(p, first, stop, col)

@@ -6,7 +6,7 @@ A thread of a (64 keys, queries) product has the queries 16 i + 8 h + 2 t + b: h
 a tile's statistics lie by (i, t, h, b), so that a thread reads four at a time, 16 bytes. That is no order that the copy engine could make:
 the producer reads them as they lie in global memory, at any row, and writes them so (docs/adr/0026).
 
-Or folded (docs/adr/0037): the product begins with them. A float32 is a sum of three bf16, so ones (64 keys, 16) times such parts and zeros
+Or folded (docs/adr/0036): the product begins with them. A float32 is a sum of three bf16, so ones (64 keys, 16) times such parts and zeros
 (16, queries) are a query's statistic for all of its keys, exactly, and no thread reads it. -lse_log2 / outer_scale goes to the scores, whose
 weights are exp2(outer_scale * scores) then, and -delta to dP.
 """
