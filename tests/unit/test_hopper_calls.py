@@ -115,7 +115,7 @@ def test_the_producer_gets_what_the_configs_leave_it() -> None:
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(
     ("scale", "softcap", "folds"),
-    [(0.1, 0.0, True), (-0.1, 0.0, True), (1e-18, 0.0, True), (0.1, 2.0, False), (0.0, 0.0, False), (1e-20, 0.0, False)],
+    [(0.1, 0.0, True), (1e-18, 0.0, True), (0.1, 2.0, False), (0.0, 0.0, False), (1e-20, 0.0, False)],
 )
 def test_products_begin_with_statistics_where_a_scale_divides_them_and_nothing_caps_their_sum(
     dim: int, scale: float, softcap: float, folds: bool

@@ -236,7 +236,7 @@ def hopper_backward_call(
     is_wide = config.cut[0] == ROWS.value
     is_narrow = dq_sum is not None and q.shape[2] == BOX_COLUMNS.value
     # A capped score is no sum, and what is divided by the scale has to be finite.
-    folds = softcap == 0 and abs(outer_scale) >= LEAST_SCALE
+    folds = softcap == 0 and outer_scale >= LEAST_SCALE
     require(
         (turns is None) == (afters is None) and (turns is None or (dq_sum is not None and not is_wide)),
         "programs add in turn to dq_sum where items have 128 keys",
