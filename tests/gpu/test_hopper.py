@@ -169,7 +169,7 @@ def test_items_without_edge_tiles_and_items_without_any_match_the_oracle(dim: in
 
 
 @pytest.mark.parametrize("name", ["packed_window", "causal_more_rows"])
-@pytest.mark.parametrize("scale", [0.0, 1e-25, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1e-18, 2.0])
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_any_scale_matches_the_oracle(name: str, scale: float, dim: int) -> None:
     """Row statistics, rows without keys among them, are divided by a scale where products begin with them."""

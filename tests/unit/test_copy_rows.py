@@ -35,6 +35,15 @@ def test_rows_are_copied_bit_by_bit_wherever_they_lie(dtype: torch.dtype, dims: 
     assert not target[[0, 8]].any()
 
 
+def test_a_stride_or_a_target_that_is_no_word_is_copied_in_elements() -> None:
+    memory = torch.arange(7 * 26, dtype=torch.int16).view(torch.bfloat16)
+    by_odd_rows = memory.as_strided((7, 3, 8), (26, 8, 1))
+    apart = torch.zeros(1 + 7 * 3 * 8, dtype=torch.bfloat16)[1:].view(7, 3, 8)
+    for target, source in ((torch.zeros(7, 3, 8, dtype=torch.bfloat16), by_odd_rows), (apart, by_odd_rows.contiguous())):
+        copy_rows(target, source)
+        assert torch.equal(bits_of(target), bits_of(by_odd_rows))
+
+
 @pytest.mark.parametrize(("dims", "offset", "step"), PLACES)
 def test_what_lies_in_words_is_copied_in_words(dims: int, offset: int, step: int) -> None:
     source, seen = rows_at(torch.bfloat16, dims, offset, step), []

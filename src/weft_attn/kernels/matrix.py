@@ -245,7 +245,8 @@ def call_of(variant: Variant) -> KernelCall:
     backward: dict[str, Any] = dict(
         q=rows, k=keys, v=keys, dout=rows, lse_log2=statistics, delta=statistics, heads_per_wave=KV_HEADS, **stream
     )
-    gradient = empty(TOKENS, KV_HEADS, dim, dtype=torch.float32) if has_all else keys
+    # As over several ranks. In turn the other way round, so that both kinds occur with and without a softcap.
+    gradient = empty(TOKENS, KV_HEADS, dim, dtype=torch.float32) if has_all != variant.in_turn else keys
     pack = HEADS // KV_HEADS if variant.few_rows or isinstance(config, CombineConfig) else 1
     block_q = config.block_q if isinstance(config, ForwardConfig) else 16
     partial = empty(100, HEADS // pack, block_q, dim, dtype=torch.float32)

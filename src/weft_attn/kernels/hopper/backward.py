@@ -34,7 +34,7 @@ from weft_attn.kernels.hopper.tiles import CONSUMERS, ROWS, head_box, make_agree
 from weft_attn.kernels.triton import layout
 from weft_attn.kernels.triton.forward import score_scales
 
-# Scales of scores below it: a statistic divided by one might not be finite.
+# Below it, lse divided by the scale of the scores might be more than statistics.py: ENOUGH.
 LEAST_SCALE = 2.0**-64
 
 

@@ -88,7 +88,7 @@ class Problem:
         self, q_desc, k_desc, v_desc, dout_desc, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr, items_ptr, runs_ptr,
         stride_qh, stride_kh, stride_vh, stride_doh, stride_dkt, stride_dkh, stride_dvt, stride_dvh,
         stride_stats_h, zero, softmax_scale, inner_scale, outer_scale,
-        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP, FOLDS=False,
+        GROUP, HEAD_DIM, BLOCK_Q, HAS_SOFTCAP, FOLDS,
     ):  # fmt: skip
         self.q_desc, self.k_desc, self.v_desc, self.dout_desc = q_desc, k_desc, v_desc, dout_desc
         self.lse_log2_ptr, self.delta_ptr = lse_log2_ptr, delta_ptr
@@ -113,7 +113,7 @@ class Memory:
         k, v: a slot for each 64 keys of an item.
         slots: for query tiles of one head: q, lse_log2, delta, and dout unless it has slots of its own.
         dout_slots: dout's own slots; otherwise `slots`.
-        parts: where statistics are folded, their parts; otherwise, and where they are not lse_log2 and delta, what the others are.
+        parts: with FOLDS those of both statistics, and lse_log2 and delta are the same memory; without, the same as lse_log2, and unused.
     """
 
     schedule: Schedule

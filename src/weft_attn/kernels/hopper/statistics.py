@@ -7,7 +7,7 @@ a tile's statistics lie by (i, t, h, b), so that a thread reads four at a time, 
 the producer reads them as they lie in global memory, at any row, and writes them so (docs/adr/0026).
 
 Or folded (docs/adr/0036): the product begins with them. A float32 is a sum of three bf16, so ones (64 keys, 16) times such parts and zeros
-(16, queries) are a query's statistic for all of its keys, exactly, and no thread reads it. -lse_log2 / outer_scale goes to the scores, whose
+(16, queries) are a query's statistic for all of its keys, and no thread reads it. -lse_log2 / outer_scale goes to the scores, whose
 weights are exp2(outer_scale * scores) then, and -delta to dP.
 """
 
@@ -25,7 +25,7 @@ PARTS = gl.constexpr(3)
 PART_COLUMNS = gl.constexpr(16)
 # The high half of a float32, which is a bf16.
 HIGH_BITS = gl.constexpr(-65536)
-# Larger than every statistic and still finite in all parts: what is subtracted where lse is infinite, so that weights are 0.
+# Larger than every lse / scale in use and still finite in all parts: what is subtracted where lse is infinite, so that weights are 0.
 ENOUGH = gl.constexpr(3e38)
 
 
@@ -138,6 +138,7 @@ def add_delta(room, KEYS: gl.constexpr, QUERIES: gl.constexpr):
 @gluon.jit
 def _add(parts, KEYS: gl.constexpr, QUERIES: gl.constexpr):
     product: gl.constexpr = product_layout(QUERIES)
+    # Of no name that a wait could keep: PTX writes a constant once, and what reads it until when is known to the assembler.
     ones = gl.full([KEYS, PART_COLUMNS], 1.0, gl.bfloat16, gl.DotOperandLayout(0, product, 2))
     nothing = gl.zeros([KEYS, QUERIES], gl.float32, product)
     return warpgroup_mma(ones, parts.permute((1, 0)), nothing, use_acc=False, is_async=True)
