@@ -77,7 +77,7 @@ RESERVE = 2048
 # apart, warps arrive by themselves at the barriers of three.
 WORDS = 1024
 # What Hopper's kernels by keys hold of lse and delta of a staged query row: both in parts (kernels/hopper/statistics.py: make_parts).
-PARTS = 2 * 16 * 2
+STATISTICS = 2 * 16 * 2
 # 32-bit registers of a Hopper multiprocessor.
 REGISTER_FILE = 65536
 
@@ -115,18 +115,18 @@ def _hopper_shared_memory(config: HopperConfig, shape: Shape) -> int:
         stages = config.num_stages + (config.value_stages or config.num_stages)
         return own * (2 if config.q_in_registers else 1) + stages * config.block_k * row
     if isinstance(config, HopperBackwardDkdvConfig):
-        return 2 * own + config.num_stages * config.block_q * (2 * row + PARTS)
+        return 2 * own + config.num_stages * config.block_q * (2 * row + STATISTICS)
     if isinstance(config, HopperBackwardConfig):
         # dS of two steps, or P and dS of one; where dQ is apart dS of three (kernels/hopper/backward_narrow.py: DSCORES_STAGES).
         exchanged = (3 if is_narrow(shape) else 2) * config.block_k * config.block_q * (shape.dtype_bits // 8)
         kept = 2 * config.block_k * row + exchanged
         if is_wide(shape):
             # One slot of dout, two boxes of 64 columns of dQ in float32 on their way out.
-            return kept + config.num_stages * config.block_q * (row + PARTS) + config.block_q * (row + 2 * 64 * 4)
+            return kept + config.num_stages * config.block_q * (row + STATISTICS) + config.block_q * (row + 2 * 64 * 4)
         # Three boxes of dQ (NARROW_PLACES), or one of each consumer.
         boxes = 3 if is_narrow(shape) else 2
         kept += 3 * WORDS if is_narrow(shape) else 0
-        return kept + config.num_stages * config.block_q * (2 * row + PARTS) + config.block_q * boxes * 64 * 4
+        return kept + config.num_stages * config.block_q * (2 * row + STATISTICS) + config.block_q * boxes * 64 * 4
     assert isinstance(config, HopperBackwardDqConfig)
     # q, dout and out.
     return 3 * own + config.num_stages * 2 * config.block_k * row

@@ -235,7 +235,7 @@ def hopper_backward_call(
     # Three consumers share 64 keys, or 128 where one box is all columns of dQ.
     is_wide = config.cut[0] == ROWS.value
     is_narrow = dq_sum is not None and q.shape[2] == BOX_COLUMNS.value
-    # A capped score is no sum, and what is divided by the scale has to be finite.
+    # A capped score is no sum that a product could begin with.
     folds = softcap == 0 and outer_scale >= LEAST_SCALE
     require(
         (turns is None) == (afters is None) and (turns is None or (dq_sum is not None and not is_wide)),

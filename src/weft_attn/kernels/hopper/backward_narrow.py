@@ -4,10 +4,10 @@
     dS_ij = P_ij (dout_i.v_j - delta_i),   dK_j = scale * sum_i dS_ij q_i,   dQ_i = scale * sum_j dS_ij k_j
 
 Two own 64 keys each, keep them in registers as operands, compute S and dP, sum dK and dV, and hand dS on through shared memory. The third
-multiplies it with all 128 keys, which is a query tile's dQ, and has the copy engine add that to dq_sum (Hq, Tq, D) float32, unscaled. Neither of the first
-two waits for the other one, or for dQ while that is less than three steps behind (docs/adr/0034). In whatever order items come, so not
-deterministic; or in turn (add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys must come without interior tiles
-(`Tiling.masks_ragged`): a key that is not of the item would reach dQ.
+multiplies it with all 128 keys, which is a query tile's dQ, and has the copy engine add that to dq_sum (Hq, Tq, D) float32, unscaled. Neither
+of the first two waits for the other one, or for dQ while that is less than three steps behind (docs/adr/0034). In whatever order items come,
+so not deterministic; or in turn (add_in_turn.py). What a query tile holds beyond its slice gets zeros added. An item with fewer than 128 keys
+must come without interior tiles (`Tiling.masks_ragged`): a key that is not of the item would reach dQ.
 """
 
 from triton.experimental import gluon

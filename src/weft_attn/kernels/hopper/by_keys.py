@@ -292,7 +292,7 @@ def clean_queries(p, memory, agreement, step, n_valid, cleaned, CONSUMER: gl.con
 
 
 @gluon.jit
-def multiply_queries(p, own, queries):
+def _multiply_queries(p, own, queries):
     """Start the (64 keys, BLOCK_Q queries) product of a consumer's k or v with q or dout."""
     nothing = gl.zeros([ROWS, p.BLOCK_Q], gl.float32, product_layout(p.BLOCK_Q))
     return warpgroup_mma(own, queries.permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -302,10 +302,10 @@ def multiply_queries(p, own, queries):
 def multiply_scores(p, memory, slot, keys):
     """Start the product of a consumer's keys and a slot's queries, as `weigh` takes it."""
     if p.FOLDS:
-        scores = add_lse(memory.parts.index(slot), ROWS, p.BLOCK_Q)
+        scores = add_lse(memory.parts.index(slot), p.BLOCK_Q)
         scores = warpgroup_mma(keys, memory.q.index(slot).permute((1, 0)), scores, is_async=True)
     else:
-        scores = multiply_queries(p, keys, memory.q.index(slot))
+        scores = _multiply_queries(p, keys, memory.q.index(slot))
     return scores
 
 
@@ -313,10 +313,10 @@ def multiply_scores(p, memory, slot, keys):
 def multiply_dprobs(p, memory, slot, values, dout):
     """Start the product of a consumer's values and the dout that belongs to a slot, as `differentiate` takes it."""
     if p.FOLDS:
-        dprobs = add_delta(memory.parts.index(slot), ROWS, p.BLOCK_Q)
+        dprobs = add_delta(memory.parts.index(slot), p.BLOCK_Q)
         dprobs = warpgroup_mma(values, dout.permute((1, 0)), dprobs, is_async=True)
     else:
-        dprobs = multiply_queries(p, values, dout)
+        dprobs = _multiply_queries(p, values, dout)
     return dprobs
 
 

@@ -15,7 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from weft_attn.kernels.hopper.tiles import one_a_lane, product_layout
+from weft_attn.kernels.hopper.tiles import ROWS, one_a_lane, product_layout
 
 # Queries of one i: t, h and b together.
 PERIOD = gl.constexpr(16)
@@ -124,21 +124,21 @@ def store_parts(room, added, QUERIES: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def add_lse(room, KEYS: gl.constexpr, QUERIES: gl.constexpr):
+def add_lse(room, QUERIES: gl.constexpr):
     """Start a (64 keys, queries) product of scores with a tile's -lse."""
-    return _add(room.slice(0, QUERIES), KEYS, QUERIES)
+    return _add(room.slice(0, QUERIES), QUERIES)
 
 
 @gluon.jit
-def add_delta(room, KEYS: gl.constexpr, QUERIES: gl.constexpr):
+def add_delta(room, QUERIES: gl.constexpr):
     """Start a (64 keys, queries) product dP with a tile's -delta."""
-    return _add(room.slice(QUERIES, QUERIES), KEYS, QUERIES)
+    return _add(room.slice(QUERIES, QUERIES), QUERIES)
 
 
 @gluon.jit
-def _add(parts, KEYS: gl.constexpr, QUERIES: gl.constexpr):
+def _add(parts, QUERIES: gl.constexpr):
     product: gl.constexpr = product_layout(QUERIES)
-    # Of no name that a wait could keep: PTX writes a constant once, and what reads it until when is known to the assembler.
-    ones = gl.full([KEYS, PART_COLUMNS], 1.0, gl.bfloat16, gl.DotOperandLayout(0, product, 2))
-    nothing = gl.zeros([KEYS, QUERIES], gl.float32, product)
+    # Unlike other operands in registers it is not kept through the wait: nothing writes another value to a constant.
+    ones = gl.full([ROWS, PART_COLUMNS], 1.0, gl.bfloat16, gl.DotOperandLayout(0, product, 2))
+    nothing = gl.zeros([ROWS, QUERIES], gl.float32, product)
     return warpgroup_mma(ones, parts.permute((1, 0)), nothing, use_acc=False, is_async=True)
