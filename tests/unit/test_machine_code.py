@@ -1,10 +1,10 @@
-"""Reads of registers that a path leaves unwritten are found in machine code, and nothing else is."""
+"""Reads of registers that a path leaves unwritten are found in machine code, and waits that nobody asked for, and nothing else is."""
 
 from __future__ import annotations
 
 import pytest
 
-from weft_attn.kernels.machine_code import undefined_reads
+from weft_attn.kernels.machine_code import added_waits, undefined_reads
 
 
 def code(*lines: str) -> str:
@@ -47,3 +47,14 @@ def test_both_descriptors_of_a_product_count() -> None:
     product = "HGMMA.64x64x16.F32.BF16 R184, gdesc[UR4], RZ, !UPT"
     assert undefined_reads(code(*written, product)) == [product]
     assert undefined_reads(code(*written, "UMOV UR7, 0x1", product)) == []
+
+
+def test_waits_for_products_that_the_assembler_added_are_counted() -> None:
+    assembly = "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; wgmma.wait_group.sync.aligned 0;"
+    lines = (
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+        "WARPGROUP.DEPBAR.LE gsb0, 0x0",
+    )
+    assert added_waits(assembly, code(*lines)) == 0
+    assert added_waits(assembly, code(*lines, *lines)) == 2

@@ -1,8 +1,11 @@
-"""A check of NVIDIA machine code that a compiler's mistake has made necessary (docs/adr/0014): uniform registers, which hold the
-descriptors of matrix products, that are read where some path through the program has not written them.
+"""Checks of NVIDIA machine code, as nvdisasm prints it (Turing and later): one instruction a line, labels between them.
 
-Reads nvdisasm's text (Turing and later): one instruction a line, labels between them. The answer errs towards silence: what an
-instruction writes is counted wide, and registers that are not uniform are not followed.
+A compiler's mistake has made one necessary (docs/adr/0014): uniform registers, which hold the descriptors of matrix products, that are
+read where some path through the program has not written them. It errs towards silence: what an instruction writes is counted wide, and
+registers that are not uniform are not followed.
+
+Another is for what no result shows: where the assembler cannot tell who has which registers, it waits after each of Hopper's products,
+and nothing runs beside them any more.
 """
 
 from __future__ import annotations
@@ -72,6 +75,11 @@ def undefined_reads(text: str) -> list[str]:
                 written[successor] = met
                 work.append(successor)
     return [step.text for step, known in zip(steps, written, strict=True) if known is not None and step.reads - known]
+
+
+def added_waits(assembly: str, text: str) -> int:
+    """How many more waits for Hopper's products (wgmma) a disassembled kernel has than its PTX asks for: 0, unless the assembler added some."""
+    return len(re.findall(r"WARPGROUP\.DEPBAR\b", text)) - len(re.findall(r"\bwgmma\.wait_group\b", assembly))
 
 
 def _parse(text: str) -> tuple[list[_Step], dict[str, int]]:

@@ -90,6 +90,7 @@ class Outcome:
     shared_memory: int = 0
     atomics: int = 0
     undefined_reads: tuple[str, ...] = ()
+    added_waits: int = 0
     idle_barriers: tuple[str, ...] = ()
     error: str = ""
 
@@ -116,6 +117,8 @@ class Outcome:
             found.append(
                 f"reads undefined registers in {len(self.undefined_reads)} places, the first: {self.undefined_reads[0]}"
             )
+        if self.added_waits > 0:
+            found.append(f"waits for matrix products in {self.added_waits} places more than it asks for")
         if self.idle_barriers:
             found.append(f"sets up barriers that nobody uses: {', '.join(self.idle_barriers)}")
         return found
@@ -371,6 +374,7 @@ def outcome_of(variant: Variant, compiled: Compiled) -> Outcome:
         compiled.shared_memory,
         compiled.atomics,
         compiled.undefined_reads,
+        compiled.added_waits,
         compiled.idle_barriers,
     )
 

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from weft_attn.kernels.call import KernelCall, is_descriptor
-from weft_attn.kernels.machine_code import disassemble, undefined_reads
+from weft_attn.kernels.machine_code import added_waits, disassemble, undefined_reads
 
 POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
 
@@ -32,8 +32,10 @@ class Compiled:
         atomics: atomic or reduction instructions in the machine code.
         assembly: the target's assembly text.
         undefined_reads: instructions of a warp-specialised kernel that read what a path leaves unwritten (machine_code.py).
+        added_waits: waits for its matrix products in the machine code of such a kernel, over those that its assembly asks for.
         idle_barriers: barriers of such a kernel that nobody arrives at or waits for.
         dialect: such a kernel in Triton's GPU dialect.
+        machine_code: such a kernel disassembled.
     """
 
     registers: int | None
@@ -42,8 +44,10 @@ class Compiled:
     atomics: int
     assembly: str
     undefined_reads: tuple[str, ...] = ()
+    added_waits: int = 0
     idle_barriers: tuple[str, ...] = ()
     dialect: str = ""
+    machine_code: str = ""
 
 
 def gpu_target(arch: str) -> GPUTarget:
@@ -75,11 +79,14 @@ def compile_call(call: KernelCall, arch: str) -> Compiled:
     if arch.startswith("sm_"):
         report = _nvidia_report(compiled)
         if call.kernel.is_gluon():
+            machine_code = disassemble(compiled.asm["cubin"])
             report = replace(
                 report,
-                undefined_reads=tuple(undefined_reads(disassemble(compiled.asm["cubin"]))),
+                undefined_reads=tuple(undefined_reads(machine_code)),
+                added_waits=added_waits(compiled.asm["ptx"], machine_code),
                 idle_barriers=tuple(idle_barriers(compiled.asm["ttgir"])),
                 dialect=compiled.asm["ttgir"],
+                machine_code=machine_code,
             )
         return report
     return _amd_report(compiled)

@@ -24,6 +24,7 @@ from weft_attn.kernels.call import KernelCall
 from weft_attn.kernels.hopper.by_rows import make_dealer, make_key_rings, start
 from weft_attn.kernels.hopper.channel import Ring, make_ring
 from weft_attn.kernels.hopper.compat import aggregate, store_box
+from weft_attn.kernels.hopper.hold import hold
 from weft_attn.kernels.hopper.pair import SharedRing
 from weft_attn.kernels.hopper.schedule import EDGES, Schedule, grid_of, load_item, make_schedule
 from weft_attn.kernels.hopper.tiles import (
@@ -92,6 +93,7 @@ class Problem:
     scores_layout: gl.constexpr
     acc_layout: gl.constexpr
     IN_TURN: gl.constexpr
+    IN_HALVES: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -121,6 +123,8 @@ class Problem:
         self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
         # Two consumers find opposite phases by themselves.
         self.IN_TURN = gl.constexpr(CONSUMERS > 2)
+        # Of narrow heads, the product with V is over before half the weights of the next tile are made (docs/adr/0037).
+        self.IN_HALVES = gl.constexpr(HEAD_DIM < 128 and CONSUMERS > 2)
 
 
 @aggregate
@@ -199,12 +203,61 @@ def _largest(p, scores):
 
 
 @gluon.jit
+def _parts(p, scores):
+    """The columns of a tile that are weighed one after the other."""
+    if p.IN_HALVES:
+        HALF: gl.constexpr = p.BLOCK_K // 2
+        layout_of_half: gl.constexpr = product_layout(HALF)
+        first, second = gl.split(scores.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
+        first = gl.convert_layout(first, layout_of_half, assert_trivial=True)
+        return first, gl.convert_layout(second, layout_of_half, assert_trivial=True)
+    else:
+        return (scores,)
+
+
+@gluon.jit
 def _weigh(p, scores, shift):
-    """Weights of a tile, 2 ** (score - shift), and their sums by rows, what each thread adds up: it asks no other before the item's end."""
-    weights = gl.exp2(scores * p.outer_scale - shift[:, None])
+    """Weights of a part, 2 ** (score - shift), and their sums by rows, what each thread adds up: it asks no other before the item's end."""
+    part_shift = gl.convert_layout(shift, gl.SliceLayout(1, scores.type.layout), assert_trivial=True)
+    weights = gl.exp2(scores * p.outer_scale - part_shift[:, None])
     # A thread has the neighbours 8 j + {0, 1} from its first column on.
     sums = gl.sum(gl.sum(weights.reshape([weights.shape[0], weights.shape[1] // (2 * COLUMNS), COLUMNS, 2]), 3), 1)
     return weights, gl.convert_layout(sums, BALLOT)
+
+
+@gluon.jit
+def _weigh_all(p, scores, shift):
+    """A tile's weights by parts, and their sums."""
+    parts = _parts(p, scores)
+    first, sums = _weigh(p, parts[0], shift)
+    if p.IN_HALVES:
+        second, second_sums = _weigh(p, parts[1], shift)
+        return (first, second), sums + second_sums
+    else:
+        return (first,), sums
+
+
+@gluon.jit
+def _pack(p, weights):
+    """Weights by parts, as a loop carries them on."""
+    first = pack_operand(weights[0], p.v_desc.dtype)
+    if p.IN_HALVES:
+        return first, pack_operand(weights[1], p.v_desc.dtype)
+    else:
+        return (first,)
+
+
+@gluon.jit
+def _add_values(p, weights, v_tile, acc):
+    """Begin to add a tile's values, times their weights."""
+    if p.IN_HALVES:
+        HALF: gl.constexpr = p.BLOCK_K // 2
+        for half in gl.static_range(2):
+            operand = unpack_operand(weights[half], p.v_desc.dtype, p.acc_layout)
+            acc = warpgroup_mma(operand, v_tile.slice(half * HALF, HALF, dim=0), acc, is_async=True)
+    else:
+        acc = warpgroup_mma(unpack_operand(weights[0], p.v_desc.dtype, p.acc_layout), v_tile, acc, is_async=True)
+    return acc
 
 
 @gluon.jit
@@ -234,20 +287,31 @@ def _attend_stream(
         if p.IN_TURN:
             await_turn(CONSUMER, p.CONSUMERS)
         scores = _multiply(p, q_operand, k_tile)
-        acc = warpgroup_mma(unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True)
+        acc = _add_values(p, weights, memory.v.wait(step - 1), acc)
         if p.IN_TURN:
             pass_turn(CONSUMER, p.CONSUMERS)
         words = rows  # Never read where nothing is hidden; a name needs a value.
         if IS_MASKED:
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             words = visible_words(first, stop, col, p.scores_layout)
-        scores = warpgroup_mma_wait(1, deps=[scores])
-        new_weights, sums = _weigh(p, _as_seen(p, scores, words, IS_MASKED), shift)
-        exceeds, sums = any_exceeds(sums, LIMIT, CONSUMER, p.CONSUMERS)
-        # Not before the vote: until then this consumer's product with V runs beside its weights.
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        memory.v.release(step - 1)
-        weights = pack_operand(new_weights, p.v_desc.dtype)
+        scores = warpgroup_mma_wait(2 if p.IN_HALVES else 1, deps=[scores])
+        parts = _parts(p, _as_seen(p, scores, words, IS_MASKED))
+        first_weights, sums = _weigh(p, parts[0], shift)
+        if p.IN_HALVES:
+            # Behind the first half: until then this consumer's product with V runs beside its weights, and then leaves its registers to
+            # the packed ones, which cost least among exponentials.
+            sums = hold(sums, p.CONSUMERS)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            memory.v.release(step - 1)
+            second_weights, second_sums = _weigh(p, parts[1], shift)
+            weights = _pack(p, (first_weights, second_weights))
+            exceeds, sums = any_exceeds(sums + second_sums, LIMIT, CONSUMER, p.CONSUMERS)
+        else:
+            exceeds, sums = any_exceeds(sums, LIMIT, CONSUMER, p.CONSUMERS)
+            # Not before the vote: until then this consumer's product with V runs beside its weights.
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            memory.v.release(step - 1)
+            weights = _pack(p, (first_weights,))
         if exceeds:
             # Rarely. The scores' registers hold their weights by now: multiply again. A row whose own sums are small keeps its shift, so
             # that its result is the same whatever its neighbours are.
@@ -255,12 +319,12 @@ def _attend_stream(
             # The bits of what is not negative have its order, and those of NaN, which no comparison finds, come last.
             largest_sum = gl.convert_layout(gl.max(sums.to(gl.int32, bitcast=True), 1), shift.type.layout)
             new_shift = gl.where(largest_sum > LIMIT_BITS, gl.maximum(shift, _largest(p, scores)), shift)
-            new_weights, sums = _weigh(p, scores, new_shift)
+            new_weights, sums = _weigh_all(p, scores, new_shift)
             rescale = gl.exp2(shift - new_shift)
             shift = new_shift
             row_sum = _rescale_rows(row_sum, rescale) + sums
             acc = _rescale_rows(acc, rescale)
-            weights = pack_operand(new_weights, p.v_desc.dtype)
+            weights = _pack(p, new_weights)
         else:
             row_sum += sums
         memory.k.release(step)
@@ -310,8 +374,8 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
             stop = gl.where(is_edge, stop, col + p.BLOCK_K)
             scores = _as_seen(p, scores, visible_words(first, stop, col, p.scores_layout), True)
             shift = gl.maximum(shift, _largest(p, scores))
-            weights, row_sum = _weigh(p, scores, shift)
-            weights = pack_operand(weights, p.v_desc.dtype)
+            new_weights, row_sum = _weigh_all(p, scores, shift)
+            weights = _pack(p, new_weights)
             if is_edge & (col_stop - col < p.BLOCK_K):
                 _clean_values(memory, step, col_stop - col, cleaned, CONSUMER)
                 cleaned += 1
@@ -326,9 +390,7 @@ def _consume(p, memory, CONSUMER: gl.constexpr):
                 p, memory, step, q_operand, weights, acc, shift, row_sum, rows, run, col, left,
                 gl.where(is_edge, interior_tiles, interior_tiles - 1), cleaned, False, CONSUMER,
             )  # fmt: skip
-            acc = warpgroup_mma(
-                unpack_operand(weights, p.v_desc.dtype, p.acc_layout), memory.v.wait(step - 1), acc, is_async=True
-            )
+            acc = _add_values(p, weights, memory.v.wait(step - 1), acc)
             acc = warpgroup_mma_wait(0, deps=[acc])
             memory.v.release(step - 1)
         elif p.Q_IN_REGISTERS:

@@ -58,6 +58,22 @@ def _fetch_for_both(PARAMETER: gl.constexpr, column, row, address, barrier):
 
 
 @gluon.jit
+def _await(barrier, phase):
+    """Each warp waits until the barrier at this address of its program has completed this phase.
+
+    Gluon's wait is a warp group's, behind one of the hardware's barriers; warps that multiply together need none (docs/adr/0037).
+    """
+    gl.inline_asm_elementwise(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again; mov.u32 $0, 0; }",
+        "=r,r,r",
+        [barrier, phase],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
 def _arrive_in_both(barrier):
     """Each warp arrives at the barrier at this address of both programs.
 
@@ -265,7 +281,7 @@ class SharedRing:
     def wait(self, step):
         """Consumer: the tile, once both halves are there."""
         slot = step % self.STAGES
-        mbarrier.wait(self.pair.words.index(self.FIRST + slot), (step // self.STAGES) & 1)
+        _await(self.pair.address(self.FIRST + slot), (step // self.STAGES) & 1)
         return self.tiles.index(slot)
 
     @gluon.jit
