@@ -117,8 +117,8 @@ class Outcome:
             found.append(
                 f"reads undefined registers in {len(self.undefined_reads)} places, the first: {self.undefined_reads[0]}"
             )
-        if self.added_waits > 0:
-            found.append(f"waits for matrix products in {self.added_waits} places more than it asks for")
+        if self.added_waits:
+            found.append(f"waits for matrix products in {self.added_waits:+} places, counted from what it asks for")
         if self.idle_barriers:
             found.append(f"sets up barriers that nobody uses: {', '.join(self.idle_barriers)}")
         return found

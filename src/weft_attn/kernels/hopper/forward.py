@@ -93,7 +93,7 @@ class Problem:
     scores_layout: gl.constexpr
     acc_layout: gl.constexpr
     IN_TURN: gl.constexpr
-    IN_HALVES: gl.constexpr
+    PARTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
@@ -123,8 +123,9 @@ class Problem:
         self.acc_layout = gl.constexpr(product_layout(HEAD_DIM))
         # Two consumers find opposite phases by themselves.
         self.IN_TURN = gl.constexpr(CONSUMERS > 2)
-        # Of narrow heads, the product with V is over before half the weights of the next tile are made (docs/adr/0037).
-        self.IN_HALVES = gl.constexpr(HEAD_DIM < 128 and CONSUMERS > 2)
+        # Parts of a tile that are weighed, and multiplied with V, one after the other. Of narrow heads, the product with V is over before
+        # half the weights of the next tile are made; two consumers lose by halves all the same (docs/adr/0037).
+        self.PARTS = gl.constexpr(2 if HEAD_DIM < 128 and CONSUMERS > 2 else 1)
 
 
 @aggregate
@@ -205,7 +206,7 @@ def _largest(p, scores):
 @gluon.jit
 def _parts(p, scores):
     """The columns of a tile that are weighed one after the other."""
-    if p.IN_HALVES:
+    if p.PARTS > 1:
         HALF: gl.constexpr = p.BLOCK_K // 2
         layout_of_half: gl.constexpr = product_layout(HALF)
         first, second = gl.split(scores.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
@@ -230,7 +231,7 @@ def _weigh_all(p, scores, shift):
     """A tile's weights by parts, and their sums."""
     parts = _parts(p, scores)
     first, sums = _weigh(p, parts[0], shift)
-    if p.IN_HALVES:
+    if p.PARTS > 1:
         second, second_sums = _weigh(p, parts[1], shift)
         return (first, second), sums + second_sums
     else:
@@ -241,7 +242,7 @@ def _weigh_all(p, scores, shift):
 def _pack(p, weights):
     """Weights by parts, as a loop carries them on."""
     first = pack_operand(weights[0], p.v_desc.dtype)
-    if p.IN_HALVES:
+    if p.PARTS > 1:
         return first, pack_operand(weights[1], p.v_desc.dtype)
     else:
         return (first,)
@@ -249,14 +250,11 @@ def _pack(p, weights):
 
 @gluon.jit
 def _add_values(p, weights, v_tile, acc):
-    """Begin to add a tile's values, times their weights."""
-    if p.IN_HALVES:
-        HALF: gl.constexpr = p.BLOCK_K // 2
-        for half in gl.static_range(2):
-            operand = unpack_operand(weights[half], p.v_desc.dtype, p.acc_layout)
-            acc = warpgroup_mma(operand, v_tile.slice(half * HALF, HALF, dim=0), acc, is_async=True)
-    else:
-        acc = warpgroup_mma(unpack_operand(weights[0], p.v_desc.dtype, p.acc_layout), v_tile, acc, is_async=True)
+    """Begin to add a tile's values, times their weights: as many products as parts."""
+    KEYS: gl.constexpr = p.BLOCK_K // p.PARTS
+    for part in gl.static_range(p.PARTS):
+        operand = unpack_operand(weights[part], p.v_desc.dtype, p.acc_layout)
+        acc = warpgroup_mma(operand, v_tile.slice(part * KEYS, KEYS, dim=0), acc, is_async=True)
     return acc
 
 
@@ -294,10 +292,10 @@ def _attend_stream(
         if IS_MASKED:
             first, stop, col_stop = interval_in_run(p.runs_ptr + run * layout.RUN_WIDTH, rows)
             words = visible_words(first, stop, col, p.scores_layout)
-        scores = warpgroup_mma_wait(2 if p.IN_HALVES else 1, deps=[scores])
+        scores = warpgroup_mma_wait(p.PARTS, deps=[scores])
         parts = _parts(p, _as_seen(p, scores, words, IS_MASKED))
         first_weights, sums = _weigh(p, parts[0], shift)
-        if p.IN_HALVES:
+        if p.PARTS > 1:
             # Behind the first half: until then this consumer's product with V runs beside its weights, and then leaves its registers to
             # the packed ones, which cost least among exponentials.
             sums = hold(sums, p.CONSUMERS)

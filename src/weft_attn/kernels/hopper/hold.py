@@ -1,7 +1,7 @@
-"""A place in the program that no wait for products is moved before: values have been made by then.
+"""A place in the program that waits for products stay behind: values have been made by then.
 
-The assembler takes a wait for products that reads nothing as far up as it may, past arithmetic that stands before it. It does not move
-it past a barrier of the hardware, nor a barrier before what decides at which one a warp arrives (docs/adr/0037).
+The assembler moves a wait for products that reads nothing up, past the arithmetic before it. It moves none past a barrier of the
+hardware, and no barrier past what chooses it. Arithmetic behind the place may still come before it (docs/adr/0037).
 """
 
 from triton.experimental import gluon
@@ -26,5 +26,5 @@ def _hold(consumers):
 
 @gluon.jit
 def hold(values, CONSUMERS: gl.constexpr):
-    """float32 values, two a thread; what waits for products behind this does not wait before they have been made."""
+    """float32 values, two a thread, as they are; what waits for products behind this does not wait before they have been made."""
     return gl.inline_asm_elementwise(_hold(CONSUMERS), "=f,=f,0,1", [values], dtype=gl.float32, is_pure=False, pack=2)

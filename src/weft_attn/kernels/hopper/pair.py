@@ -59,9 +59,9 @@ def _fetch_for_both(PARAMETER: gl.constexpr, column, row, address, barrier):
 
 @gluon.jit
 def _await(barrier, phase):
-    """Each warp waits until the barrier at this address of its program has completed this phase.
+    """Each warp waits until the mbarrier at this address of its program has completed this phase.
 
-    Gluon's wait is a warp group's, behind one of the hardware's barriers; warps that multiply together need none (docs/adr/0037).
+    Gluon's wait lets the warps of a group meet before it, which those that multiply together need not (docs/adr/0037).
     """
     gl.inline_asm_elementwise(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again; mov.u32 $0, 0; }",

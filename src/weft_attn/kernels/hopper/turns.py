@@ -8,7 +8,7 @@ arrives at. Every consumer takes as many turns.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# The hardware has 16 barriers: Triton counts its own from 0, these are the last ones.
+# The hardware has 16 barriers: Triton counts its own from 0; these are the last ones, before them those of votes.py, then of hold.py.
 BARRIERS = gl.constexpr(16)
 # Threads at a barrier: a consumer's and its predecessor's.
 THREADS = gl.constexpr(256)
