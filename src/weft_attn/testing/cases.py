@@ -137,7 +137,7 @@ class Case:
         size: tokens, what the plan is made with.
         head_dim_v: None: as head_dim.
         lse_gradient: the loss reads lse too.
-        spread: multiplies q: scores far apart move the running maximum often.
+        spread: multiplies q: scores far apart raise what rows are shifted by often.
     """
 
     plan: str = "causal"
