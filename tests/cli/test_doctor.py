@@ -59,6 +59,24 @@ def test_it_says_which_kernels_compute_the_gradients(capsys: pytest.CaptureFixtu
     assert "delta runs only" not in portable
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--head-dim", "128"], "Hopper's kernels: hopper_forward, hopper_backward_dkdv, hopper_backward_dq, hopper_backward"),
+        (["--head-dim", "192"], "Hopper's kernels: none, head dims 192/192 are not both a power of two from 16 on"),
+        (["--head-dim", "32"], "Hopper's kernels: none, for no row of the tables serves the call"),
+        (["--head-dim", "128", "--head-dim-v", "64"], "Hopper's kernels: none, head dims 128/64 differ"),
+        (["--dtype", "fp32"], "Hopper's kernels: none, tensors are not of 16 bits"),
+    ],
+)
+def test_on_hopper_it_says_whether_its_kernels_serve(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = ["--rows", "16384", "--keys", "16384"]
+    assert expected in said(capsys, "--arch", "sm_90", *long, *options)
+    assert "Hopper's" not in said(capsys, "--arch", "sm_80", *long, *options)
+
+
 def test_registers_of_accumulators_are_shown_beside_what_a_thread_has(capsys: pytest.CaptureFixture[str]) -> None:
     choice = select("backward_dkdv", Problem(128, 128, 16), target("sm_80"))
     registers = accumulator_registers(choice.config, Problem(128, 128, 16).shape, 32)

@@ -346,7 +346,7 @@ def test_a_thousand_forwards_of_three_consumers_are_equal_to_the_bit(alone: bool
     assert differing == 0
 
 
-@pytest.mark.parametrize(("dim", "how"), [(128, "in turn"), (64, "in turn"), (128, "in pairs"), (128, "alone")])
+@pytest.mark.parametrize(("dim", "how"), [(128, "in turn"), (64, "in turn"), (128, "in pairs"), (128, "alone"), (256, "alone")])
 def test_a_thousand_runs_are_equal_to_the_bit(dim: int, how: str) -> None:
     case = replace(MAIN, plan="packed", sinks=True, head_dim=dim)
     plan = case.make_plan()

@@ -301,6 +301,13 @@ def test_a_bad_argument_raises(name: str, options: dict[str, Any]) -> None:
         plain_call(name, **options)
 
 
+def test_pages_of_keys_and_of_values_that_lie_otherwise_are_refused() -> None:
+    """Both hold eight tokens: flattened, they would be taken for the same ones."""
+    cu, k, v = torch.tensor([0, 4]), normal(2, 4, 1, 16), normal(4, 2, 1, 16)
+    with pytest.raises(WeftError, match="pages of k and v agree"):
+        flash_attn.flash_attn_varlen_func(normal(4, 4, 16), k, v, cu, cu, 4, 4, block_table=torch.tensor([[1]]))
+
+
 def test_two_sequences_that_write_to_one_place_are_refused_and_nothing_is_written() -> None:
     cache, k = torch.zeros(2, 5, 4, 16), normal(2, 1, 4, 16)
     with pytest.raises(WeftError, match="place of its own"):

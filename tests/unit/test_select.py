@@ -21,7 +21,7 @@ from weft_attn.launch import (
     override,
 )
 from weft_attn.launch import select as select_module
-from weft_attn.launch.config import CONFIGS, PairedConfig, StreamConfig
+from weft_attn.launch.config import CONFIGS, HopperConfig, PairedConfig, StreamConfig
 from weft_attn.launch.device import INTERPRETER, TARGETS, Device, target
 from weft_attn.launch.resources import shared_memory, shortfall
 from weft_attn.launch.select import (
@@ -358,6 +358,16 @@ def test_the_last_wave_lasts_as_long_as_its_longest_item() -> None:
 
 def seen(problem: Problem, keys: float) -> Problem:
     return replace(problem, keys_per_query=keys)
+
+
+def test_hoppers_rows_and_their_records_are_the_same_for_the_h200_and_for_any_hopper_gpu() -> None:
+    found = {
+        one.name: [(replace(row, table=""), row.measured) for row in one.rows if isinstance(row.config, HopperConfig)]
+        for one in tables()
+        if one.name in ("h200", "sm_90")
+    }
+    assert len(found["h200"]) > 10
+    assert found["h200"] == found["sm_90"]
 
 
 def rows_of(kernel: str) -> list[Row]:

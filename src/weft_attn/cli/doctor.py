@@ -55,6 +55,8 @@ def doctor(
     how = "[bold]triton[/], in Triton's interpreter" if device is INTERPRETER else "[bold]triton[/]"
     console.print(f"kernel: {how}, on {device.name} ({device.arch}, {device.multiprocessors} multiprocessors)")
     explanation = explain(plan, heads, kv_heads, ops.problem_of(plan, q, k, v), device)
+    if explanation.hopper_in_words:
+        console.print(explanation.hopper_in_words)
     console.print(explanation.cut_in_words)
     console.print(explanation.backward_in_words)
     console.print(_kernel_table(explanation))

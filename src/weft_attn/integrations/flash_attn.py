@@ -126,6 +126,7 @@ def flash_attn_varlen_func(
     else:
         for x, name in ((k, "k"), (v, "v")):
             checks.is_tensor(x, name, 4, "(pages, page size, heads, D)")
+        require(k.shape[:2] == v.shape[:2], "the pages of k and v agree", expected=k.shape[:2], given=v.shape[:2])
         plan = paged_documents_plan(*lengths, block_table, k.shape[0], k.shape[1], causal, window)
         k, v = k.flatten(0, 1), v.flatten(0, 1)
     return _as_flash(

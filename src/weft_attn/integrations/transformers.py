@@ -6,7 +6,7 @@
 
 A model asks for a mask once per forward and kind of layer. It gets a `PlanMask`, which holds the `Plan` of the whole batch, and
 hands it to every layer. The mask is the authority on who attends to whom, as in transformers' eager attention; what a layer says
-beside it must agree. Rows that see no key, which are rows of padding, give 0.
+beside it must agree. A mask that a user made, a tensor, is taken as it is. Rows that see no key, which are rows of padding, give 0.
 
 Inside `ContextParallel.batch` the hidden states are a rank's local rows, (1, T_local); see `context_parallel.py`.
 
@@ -184,7 +184,7 @@ def attention_forward(
             once; or None: causal where the layer is, over as many keys as rows or by one row.
         dropout: 0 in training.
         scaling: softmax scale; None: D ** -0.5.
-        sliding_window: must be in the mask; without a mask it is applied.
+        sliding_window: must be in a `PlanMask`, of as many keys; a tensor is taken to have it; without a mask it is applied.
         softcap, s_aux: bound of the scores, and (Hq,) sink logits.
         is_causal: read where there is no mask.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents of a batch of one, as for flash attention.
@@ -276,15 +276,24 @@ def _checked_batch(mask: PlanMask, sizes: Sizes, sliding_window: int | None, act
     fits = (sizes[0], 1, sizes[1], given[3] if mask.mask.is_left_out else sizes[2])
     require(given == fits, "queries and keys fit the mask", expected=given, given=sizes)
     window = mask.mask.window
-    if sliding_window is not None and window is not None and window[0] is None and sizes[2] > sliding_window:
+    if sliding_window is not None and window is not None and not _shows_window(window, sliding_window, sizes[2]):
+        given_window = "one without" if window[0] is None else f"one of {window[0] + 1}"
         raise InvalidInput(
-            f"a layer's window is in its mask: expected a mask with a window of {sliding_window}, given one without"
+            f"a layer's window is in its mask: expected a mask with a window of {sliding_window}, given {given_window}"
         )
     if active is not None and mask.mask.batch is not active:
         raise InvalidInput(
             "a mask is used in the batch that it was made in: expected one of this context-parallel batch, given another's"
         )
     return mask.mask.batch
+
+
+def _shows_window(window: Window, sliding_window: int, keys: int) -> bool:
+    """Whether a mask's (left, right) window is a layer's, as far as so many keys tell. Windows to both sides are counted in more than one way."""
+    left, right = window
+    if left is None:
+        return keys <= sliding_window
+    return right != 0 or left + 1 == sliding_window or keys <= min(left + 1, sliding_window)
 
 
 def _refuse_in_batch(batch: ActiveBatch, module: Any, use_cache: bool | None) -> None:

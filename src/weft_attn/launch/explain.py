@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from weft_attn.launch.config import HopperBackwardDqConfig, LaunchConfig
+from weft_attn.launch.config import HopperBackwardDqConfig, HopperConfig, LaunchConfig
 from weft_attn.launch.device import Device, device_of
 from weft_attn.launch.resources import accumulator_registers, shared_memory
 from weft_attn.launch.select import (
@@ -18,6 +18,7 @@ from weft_attn.launch.select import (
     FUSED_KERNEL,
     Choice,
     Problem,
+    hopper_lacking,
     select,
     select_backward,
     select_first,
@@ -79,6 +80,7 @@ class Explanation:
         kernels: what each kernel runs with.
         is_fused: without `deterministic`, one kernel computes all gradients.
         takes_turns: with it, that one does too where the plan lets its programs take turns.
+        without_hopper: why the call is not one for Hopper's kernels; empty where it is.
     """
 
     device: Device
@@ -89,6 +91,17 @@ class Explanation:
     kernels: tuple[KernelChoice, ...]
     is_fused: bool
     takes_turns: bool
+    without_hopper: str
+
+    @property
+    def hopper_in_words(self) -> str:
+        """Whether the kernels for Hopper serve, on a GPU that they run on; empty on others."""
+        if not self.device.has_hopper_kernels:
+            return ""
+        theirs = [each.kernel for each in self.kernels if isinstance(each.choice.config, HopperConfig)]
+        if theirs:
+            return f"Hopper's kernels: {', '.join(theirs)}"
+        return f"Hopper's kernels: none, {self.without_hopper or 'for no row of the tables serves the call'}"
 
     @property
     def cut_in_words(self) -> str:
@@ -167,7 +180,10 @@ def explain(plan: Plan, heads: int, kv_heads: int, problem: Problem, device: Dev
         )
         for choice in choices
     )
-    return Explanation(device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, not others, takes_turns)
+    lacking = hopper_lacking(problem, device)
+    return Explanation(
+        device, cut, len(stream.items), len(stream.combines), stream.slots, kernels, not others, takes_turns, lacking
+    )
 
 
 def numbers(config: LaunchConfig, *, brief: bool = False) -> str:

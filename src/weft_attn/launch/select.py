@@ -253,8 +253,16 @@ def select_backward(problem: Problem, device: Device, *, deterministic: bool) ->
 
 def tma_usable(problem: Problem, device: Device) -> bool:
     """Tensor descriptors need the hardware, aligned tensors, and heads that fill their tile's columns."""
-    powers = all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v))
-    return device.has_tma and problem.tma_possible and powers
+    return not tma_lacking(problem, device)
+
+
+def tma_lacking(problem: Problem, device: Device) -> str:
+    """Why there are no tensor descriptors, in words; empty where there are."""
+    if not device.has_tma:
+        return "the device has no copy engine for them"
+    if not all(d >= 16 and d & (d - 1) == 0 for d in (problem.head_dim, problem.head_dim_v)):
+        return f"head dims {problem.head_dim}/{problem.head_dim_v} are not both a power of two from 16 on"
+    return "" if problem.tma_possible else "their strides or addresses are not whole 16 bytes"
 
 
 def programs_of(config: LaunchConfig) -> int:
@@ -269,13 +277,18 @@ def is_served(kernel: str, problem: Problem, device: Device) -> bool:
 
 def _serves_hopper(problem: Problem, device: Device) -> bool:
     """What every Hopper kernel asks of a call."""
-    return (
-        device.has_hopper_kernels
-        and tma_usable(problem, device)
-        and problem.head_dim == problem.head_dim_v
-        and problem.dtype_bits == 16
-        and problem.few_rows == MANY_ROWS
-    )
+    return device.has_hopper_kernels and not hopper_lacking(problem, device)
+
+
+def hopper_lacking(problem: Problem, device: Device) -> str:
+    """Which of what every Hopper kernel asks of a call is not so, in words; empty where all is."""
+    if problem.dtype_bits != 16:
+        return "tensors are not of 16 bits"
+    if problem.head_dim != problem.head_dim_v:
+        return f"head dims {problem.head_dim}/{problem.head_dim_v} differ"
+    if problem.few_rows != MANY_ROWS:
+        return "query rows are few"
+    return tma_lacking(problem, device)
 
 
 def _select_from_tables(kernel: str, problem: Problem, device: Device) -> Choice:
@@ -309,7 +322,7 @@ def _search_rows(kernel: str, problem: Problem, device: Device) -> tuple[Choice 
             config, note = row.config, row.note
             if isinstance(config, StreamConfig) and config.use_tma and not tma_usable(problem, device):
                 config = replace(config, use_tma=False)
-                note = f"{note}; reads through pointers: these tensors cannot be described to the copy engine".lstrip("; ")
+                note = f"{note}; reads through pointers: {tma_lacking(problem, device)}".lstrip("; ")
             lacking = shortfall(config, problem.shape, device)
             if not lacking:
                 return Choice(config, source, note), rejected
