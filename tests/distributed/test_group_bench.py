@@ -29,7 +29,7 @@ from weft_attn.bench import (
 )
 from weft_attn.bench.cases import Model
 from weft_attn.bench.group_timing import GroupClock, GroupSamples, interleave_over_ranks, milliseconds_between
-from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, KERNELS, OWN_PASSES, WEFT, Grouping
+from weft_attn.bench.group_ways import BOTH, COMMUNICATION, FORWARD, IDEAL, IN_STEP, KERNELS, OWN_PASSES, WEFT, Grouping
 from weft_attn.bench.measured_rates import rates_of
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
 from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
@@ -151,7 +151,7 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
     first, second = of_two_ranks
     assert first == second
     by_name = {(r.peer, r.pass_name): r for r in first[0]}
-    assert set(by_name) == {(name, p) for name in (WEFT, KERNELS, COMMUNICATION, IDEAL, TWO_CALLS) for p in OWN_PASSES}
+    assert set(by_name) == {(name, p) for name in (WEFT, KERNELS, IN_STEP, COMMUNICATION, IDEAL, TWO_CALLS) for p in OWN_PASSES}
     for (name, pass_name), record in by_name.items():
         assert record.status == OK
         assert record.milliseconds > 0
@@ -159,7 +159,9 @@ def test_every_way_is_checked_and_timed_and_all_ranks_hold_the_same_records(of_t
         assert record.spread_ms >= 0
         assert (record.outside_ms is not None) == (name == WEFT)
         assert record.pairs == sum(n * (n + 1) // 2 for n in DIVISIBLE)
-        compared = {FORWARD: {"out"}, BOTH: {"out", "dq"} if name == KERNELS else {"out", "dq", "dk", "dv"}}[pass_name]
+        compared = {FORWARD: {"out"}, BOTH: {"out", "dq"} if name in (KERNELS, IN_STEP) else {"out", "dq", "dk", "dv"}}[
+            pass_name
+        ]
         assert set(record.budgets) == (set() if name == COMMUNICATION else compared)
         assert all(budget.passed for budget in record.budgets.values())
     assert {by_name[IDEAL, p].share_of_ideal for p in OWN_PASSES} == {1.0}
@@ -429,6 +431,29 @@ def test_communication_alone_sends_what_the_whole_sends_in_the_same_order():
         # Two groups of heads: gathered in a forward; in a forward, a backward, and reduced.
         assert len(whole) == 2 + 2 + 2 + 2
         assert sum(bytes_ < 0 for bytes_ in whole) == 2
+
+
+def met_before_calls(rank: int, world_size: int) -> dict[str, int]:
+    """How often the ranks meet in a forward and in both passes, by way."""
+    met: list[torch.device] = []
+    honest = Ranks.meet
+    Ranks.meet = lambda self, device: (met.append(device), honest(self, device))[1]
+    workload = Workload(ODD, world_size, SMALL)
+    work = context_parallel.rank_work(workload, rank, CPU, check=False)
+    ways = group_ways.weft_ways(workload, weft.ContextParallel(), work.batch, work.own, work.whole, None, None)
+    found = {}
+    for way in ways:
+        met.clear()
+        way.forward()
+        way.both()
+        found[way.name] = len(met)
+    return found
+
+
+def test_only_kernels_in_step_wait_for_all_ranks_and_once_a_call():
+    for found in run_ranks(met_before_calls, 2):
+        assert found[IN_STEP] == 2
+        assert sum(found.values()) == 2
 
 
 def test_kernels_come_back_after_communication_alone():

@@ -2,6 +2,7 @@
 
 - the whole of it: gathers, kernels, reduce-scatters, overlapped;
 - its kernels alone: one launch for all heads, on keys and values that are gathered already;
+- the same, but no rank begins a call before the others do: what gathers that take no time would leave, of GPUs whose clocks swing;
 - its communication alone: the same code with kernels that do nothing, so the same collectives, buffers and copies in the same order;
 - the whole of it in other groups of KV heads than it chooses, where they are asked for;
 - the ideal: the whole batch on every GPU for itself, over the ranks.
@@ -31,6 +32,7 @@ from weft_attn.ops import Backward
 from weft_attn.testing.compare import Budget
 
 WEFT, KERNELS, COMMUNICATION, IDEAL = "weft", "weft: kernels", "weft: communication", "ideal"
+IN_STEP = "weft: kernels in step"
 FORWARD, BOTH = "forward", "forward+backward"
 OWN_PASSES = (FORWARD, BOTH)
 
@@ -174,6 +176,10 @@ def weft_ways(
     def attend_gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _only(weft.plan_attention(q, k, v, plan))
 
+    def attend_in_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        parallel._ranks.meet(q.device)
+        return attend_gathered(q, k, v)
+
     def attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _only(weft.plan_attention(q, k, v, whole_plan))
 
@@ -183,6 +189,8 @@ def weft_ways(
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
     if workload.world_size > 1:
+        note = "the same launch once all ranks have come to it, by a sum of one number over them"
+        ways.append(Way(IN_STEP, attend_in_step, here, own_oracle, compared=("out", "dq"), note=note))
         for grouping in groupings:
             groups = grouping.groups(workload.model.kv_heads)
             note = "these groups of KV heads, whatever `distributed/groups.py` says"

@@ -105,6 +105,10 @@ class Ranks:
         backend = dist.get_backend(self.group)
         return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
+    def meet(self, device: torch.device) -> None:
+        """Let no rank go on before all are here: on a GPU what its current stream is given next waits, not the host."""
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
     def own_rows(self, buffer: torch.Tensor) -> torch.Tensor:
         """This rank's part of a buffer (W * rows, ...) that holds the same number of rows of every rank."""
         rows = len(buffer) // self.world_size
