@@ -77,7 +77,7 @@ def test_three_parts_are_the_whole_float_for_every_key(inverse_scale: float) -> 
 
 
 def test_what_is_infinite_is_as_large_as_it_may_be_and_a_nan_stays() -> None:
-    """A row that sees nothing has lse -inf; nothing finite that is added to it may become NaN, and its weights are 0 or none."""
+    """A row that sees nothing comes with lse_log2 +inf: scores begin at a finite number, of which exp2 is 0 whatever is added."""
     lse_log2 = torch.zeros(1, QUERIES, device=DEVICE)
     lse_log2[0, :4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.3e38])
     delta = torch.zeros(1, QUERIES, device=DEVICE)

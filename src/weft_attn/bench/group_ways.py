@@ -25,6 +25,7 @@ from weft_attn.bench.group_timing import Moment, now
 from weft_attn.bench.oracle import Oracle
 from weft_attn.bench.workload import Workload
 from weft_attn.distributed import gathered
+from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.groups import Groups, Pass, equal_groups
 from weft_attn.distributed.shard import ShardedBatch
 from weft_attn.errors import require
@@ -166,7 +167,7 @@ def weft_ways(
         groupings: groups of KV heads to try beside what Weft chooses, none with an obstacle.
         own, own_oracle: tensors of this rank's tokens, in its order; whole, whole_oracle: of the whole batch.
     """
-    cu_seqlens = workload.cu_seqlens
+    cu_seqlens, ranks = workload.cu_seqlens, Ranks.of()
     # Built once, as a batch's plans are for all of its layers.
     plan, whole_plan = parallel.plan(cu_seqlens, causal=True), weft.Plan.from_cu_seqlens(cu_seqlens, cu_seqlens, causal=True)
 
@@ -177,7 +178,7 @@ def weft_ways(
         return _only(weft.plan_attention(q, k, v, plan))
 
     def attend_in_step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        parallel._ranks.meet(q.device)
+        ranks.meet(q.device)
         return attend_gathered(q, k, v)
 
     def attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

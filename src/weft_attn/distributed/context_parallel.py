@@ -57,9 +57,9 @@ class ContextParallel:
         grad_reduce_dtype: dtype in which the ranks' gradients of keys and values are summed; they leave the kernels in it.
         debug: before the first collective of a call, compare the calls of all ranks; costs a small collective and a wait. Where
             they differ, or one rank refuses its arguments, all raise and name the ranks; what is no refusal, such as memory that runs
-            out on one rank, still leaves the others waiting. Without it, a rank that raises leaves
-            the others waiting until the group's timeout, or, where its error is caught, its next call meets theirs: no result of a
-            group that a rank has raised in is to be used. Equal on all ranks.
+            out on one rank, still leaves the others waiting. Without it, a rank that raises leaves the others waiting until the group's
+            timeout, or, where its error is caught, its next call meets theirs: no result of a group that a rank has raised in is to be
+            used. Equal on all ranks.
 
     Attributes:
         rank, world_size: of this process in the group.
