@@ -50,6 +50,8 @@ CASES = [
             ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 3), (1, 1, 2)), merged=True, keep_gathered=True),
             ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 2, 1), (0, 3, 1)), merged=True, window=(9, None)),
             ParallelCase(layout, attention=EVERYTHING, group_sizes=((4,), (2, 2))),
+            ParallelCase(layout, attention=EVERYTHING, group_sizes=((1, 3), (1, 2, 1)), merged=True, symmetric_memory=True),
+            ParallelCase(layout, attention=EVERYTHING, heads_per_group=1, symmetric_memory=True),
             ParallelCase(layout, attention=GQA, causal=False, window=(5, 7)),
             ParallelCase(layout, attention=GQA, causal=False, heads_per_group=2, keep_gathered=True),
             # One KV head, fewer than ranks.

@@ -240,6 +240,8 @@ REFUSED: dict[str, Callable[[], object]] = {
     "cap of zero": lambda: weft.ContextParallel(max_gather_bytes=0),
     "cap as a float": lambda: weft.ContextParallel(max_gather_bytes=1e9),  # type: ignore[arg-type]
     "keep_gathered as a number": lambda: weft.ContextParallel(keep_gathered=1),  # type: ignore[arg-type]
+    "symmetric memory as a number": lambda: weft.ContextParallel(symmetric_memory=1),  # type: ignore[arg-type]
+    "symmetric memory that is kept": lambda: weft.ContextParallel(symmetric_memory=True, keep_gathered=True),
     "debug as None": lambda: weft.ContextParallel(debug=None),  # type: ignore[arg-type]
     "gradients in integers": lambda: weft.ContextParallel(grad_reduce_dtype=torch.int32),
     "gradients in a word": lambda: weft.ContextParallel(grad_reduce_dtype="float32"),  # type: ignore[arg-type]

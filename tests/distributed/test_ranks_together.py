@@ -50,9 +50,12 @@ def together(rank: int, world_size: int, names: list[str]) -> dict[str, Any]:
 
 
 def order_of_work(rank: int, world_size: int) -> list[list[str]]:
-    """Starts and ends of collectives, and computations, as a call's forward and backward make them: in turn, uneven, merged."""
+    """Starts and ends of collectives, and computations, as a call's forward and backward make them: in turn, uneven, merged, and
+    where gathers take no multiprocessors.
+    """
     uneven = replace(CASE, heads_per_group=None, group_sizes=((1, 3), (1, 2, 1)))
-    return [logged_work(case) for case in (CASE, uneven, replace(uneven, merged=True))]
+    merged = replace(uneven, merged=True)
+    return [logged_work(case) for case in (CASE, uneven, merged, replace(merged, symmetric_memory=True))]
 
 
 def logged_work(case: ParallelCase) -> list[str]:
@@ -317,6 +320,16 @@ def attention_of(cp: weft.ContextParallel, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def windows_without_nccl(rank: int, world_size: int) -> bool:
+    """Symmetric memory over gloo is refused, and taken by a rank that is alone, which gathers nothing."""
+    with pytest.raises(weft.Unsupported, match=r"over NCCL, given the backend gloo"):
+        weft.ContextParallel(symmetric_memory=True)
+    alone = [dist.new_group([r]) for r in range(world_size)][rank]
+    x = torch.randn(10, 2, 16)
+    made = weft.ContextParallel(alone, symmetric_memory=True)
+    return torch.equal(attention_of(made, x), weft.varlen_attention(x, x, x, [0, 10], [0, 10], causal=True))  # type: ignore[arg-type]
+
+
 # ---- disagreement ---------------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +451,7 @@ QUESTIONS: dict[str, Callable[[int, int], Any]] = {
         gradient_through_unshard,
         checkpointed,
         groups_of_ranks,
+        windows_without_nccl,
         disagreements,
         gathers_of_a_kept_backward,
         evaluated_under_a_cap,
@@ -486,11 +500,7 @@ def expected_work(groups: int, buffers: int, *, backward: bool) -> list[str]:
 def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]]) -> None:
     in_turn = expected_work(4, 2, backward=False) + expected_work(4, 2, backward=True)
     uneven = expected_work(2, 2, backward=False) + expected_work(3, 3, backward=True)
-    merged = ["gather", "head start", "gather", "gather done", "head start", "attend", "gather done", "attend"]
-    merged += ["gather", "head start", "gather", *["begin"] * 3, "gather done", "head start", "differentiate"]
-    merged += [
-        "gather done",
-        "differentiate",
+    of_reduces = [
         "reduce",
         "head start",
         "differentiate",
@@ -500,8 +510,13 @@ def test_collectives_run_beside_other_groups_work(answers: list[dict[str, Any]])
         "reduce done",
         "reduce done",
     ]
+    merged = ["gather", "head start", "gather", "gather done", "head start", "attend", "gather done", "attend"]
+    merged += ["gather", "head start", "gather", *["begin"] * 3, "gather done", "head start", "differentiate", "gather done"]
+    merged += ["differentiate", *of_reduces]
+    without = ["gather", "gather", "gather done", "attend", "gather done", "attend"]
+    without += ["gather", "gather", *["begin"] * 3, "gather done", "differentiate", "gather done", "differentiate", *of_reduces]
     for answer in answers:
-        assert answer["order_of_work"] == [in_turn, uneven, merged]
+        assert answer["order_of_work"] == [in_turn, uneven, merged, without]
 
 
 def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> None:
@@ -510,7 +525,9 @@ def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> Non
             assert (forward, backward) == (said_forward, said_backward)
 
 
-@pytest.mark.parametrize("question", ["repeated", "some_gradients", "gradient_through_unshard", "checkpointed"])
+@pytest.mark.parametrize(
+    "question", ["repeated", "some_gradients", "gradient_through_unshard", "checkpointed", "windows_without_nccl"]
+)
 def test_on_every_rank_it_holds_that(question: str, answers: list[dict[str, Any]]) -> None:
     assert [answer[question] for answer in answers] == [True] * 3, QUESTIONS[question].__doc__
 

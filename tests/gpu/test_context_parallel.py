@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 
+import weft_attn as weft
 from weft_attn.testing.cases import Case
 from weft_attn.testing.parallel import ParallelCase, RankResults, assert_ranks_match_oracle, run_case
 from weft_attn.testing.ranks import run_ranks
@@ -26,15 +30,53 @@ CASES = [
 ]
 
 
-def run_on_gpu(rank: int, world_size: int) -> list[RankResults]:
+# Whose keys are gathered into symmetric memory: at once, in turn, and merged.
+SYMMETRIC = [replace(case, symmetric_memory=True) for case in (CASES[0], CASES[3], CASES[7])]
+
+
+def run_on_gpu(rank: int, world_size: int, cases: list[ParallelCase], has_copy_engines: bool) -> list[RankResults]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    return [run_case(case, torch.device("cuda", rank)).to("cpu") for case in CASES for _ in range(2)]
+    device, group = torch.device("cuda", rank), None
+    if has_copy_engines:
+        options = dist.ProcessGroupNCCL.Options()
+        options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+        group = dist.new_group(list(range(world_size)), pg_options=options, device_id=device)
+    return [run_case(case, device, group).to("cpu") for case in cases for _ in range(2)]
 
 
-def test_ranks_on_gpus_match_the_oracle_and_repeat_their_bits() -> None:
-    found = list(zip(*run_ranks(run_on_gpu, 2, backend="nccl", timeout=280), strict=True))
-    for index, case in enumerate(CASES):
+@pytest.mark.parametrize(
+    ("cases", "has_copy_engines"),
+    [(CASES, False), (SYMMETRIC, False), (SYMMETRIC, True)],
+    ids=["ordinary memory", "symmetric memory", "copy engines"],
+)
+def test_ranks_on_gpus_match_the_oracle_and_repeat_their_bits(cases: list[ParallelCase], has_copy_engines: bool) -> None:
+    found = list(zip(*run_ranks(run_on_gpu, 2, cases, has_copy_engines, backend="nccl", timeout=280), strict=True))
+    for index, case in enumerate(cases):
         assert_ranks_match_oracle(case, found[2 * index])
         for first, second in zip(found[2 * index], found[2 * index + 1], strict=True):
             for (name, one), (_, other) in zip(first.results.items(), second.results.items(), strict=True):
                 assert torch.equal(one, other) or not case.deterministic, f"{case}: {name}"
+
+
+def without_multiprocessors(rank: int, world_size: int) -> list[str]:
+    """What ran on this GPU besides attention's own kernels, in a forward whose gathers are to be the copy engines'."""
+    from torch.profiler import ProfilerActivity, profile
+
+    device = torch.device("cuda", rank)
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+    group = dist.new_group(list(range(world_size)), pg_options=options, device_id=device)
+    parallel = weft.ContextParallel(group, symmetric_memory=True)
+    x = torch.randn(2048, 4, 128, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CUDA]) as seen:
+                parallel.attention(x, x, x, [0, 4096])
+                torch.cuda.synchronize()
+    return [event.name for event in seen.events()]
+
+
+def test_copy_engines_gather_where_the_group_asks_for_them() -> None:
+    for names in run_ranks(without_multiprocessors, 2, backend="nccl", timeout=120):
+        assert any("PtoP" in name for name in names), names
+        assert not any("ncclDevKernel" in name or "spin" in name for name in names), names

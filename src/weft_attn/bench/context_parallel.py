@@ -83,6 +83,7 @@ class Request:
         peers: who is measured beside Weft.
         device_name: "cuda" (each rank its own GPU) or "cpu".
         layout, max_gather_bytes: as `ContextParallel` takes them.
+        copy_engines: gather into symmetric memory; the default group asks NCCL for no multiprocessors.
         groupings: groups of KV heads to try beside what Weft chooses; a case whose cap or heads do not allow one leaves it out.
         work: LINKS: only the collectives; "packings" or "long": only these workloads; None: all of it.
         check: whether results are checked before they are timed.
@@ -95,6 +96,7 @@ class Request:
     pace: Pace
     layout: str = "zigzag"
     max_gather_bytes: int | None = None
+    copy_engines: bool = False
     groupings: Sequence[Grouping] = ()
     work: str | None = None
     check: bool = True
@@ -125,7 +127,9 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
         Unsupported: the collectives alone, of one rank.
     """
     environment = environment_of(device)
-    parallel = weft.ContextParallel(layout=request.layout, max_gather_bytes=request.max_gather_bytes)
+    parallel = weft.ContextParallel(
+        layout=request.layout, max_gather_bytes=request.max_gather_bytes, symmetric_memory=request.copy_engines
+    )
     chosen = workloads(
         request.model,
         parallel.world_size,

@@ -185,7 +185,8 @@ def weft_ways(
         return _only(weft.plan_attention(q, k, v, whole_plan))
 
     # One rank gathers nothing: its call is a launch and no more.
-    ways = [Way(WEFT, attend, own, own_oracle, is_whole=workload.world_size > 1)]
+    note = "keys are gathered into symmetric memory, which the peak leaves out" if parallel.symmetric_memory else ""
+    ways = [Way(WEFT, attend, own, own_oracle, is_whole=workload.world_size > 1, note=note)]
     here = Tensors(own.q, (gathered_keys_and_values(batch, whole),), own.dout)
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))

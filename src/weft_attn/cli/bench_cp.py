@@ -38,6 +38,9 @@ def bench_cp(
     out: Annotated[Path | None, typer.Option(help="write the records as JSON")] = None,
     write_rates: Annotated[Path | None, typer.Option(help="write measured rates for `weft simulate --rates`")] = None,
     device: Annotated[str, typer.Option(help="cuda: each rank its own GPU, with NCCL; cpu: gloo")] = "cuda",
+    copy_engines: Annotated[
+        bool, typer.Option(help="gather into symmetric memory, in a group that asks NCCL for no multiprocessors; GPUs")
+    ] = False,
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
     sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
     quick: Annotated[bool, typer.Option(help="tiny sizes and few rounds: a smoke run, no figures to quote")] = False,
@@ -56,10 +59,17 @@ def bench_cp(
         pace=timing.chosen_pace(quick=quick, rounds=rounds, sustained=sustained),
         layout=layout,
         max_gather_bytes=max_gather_bytes,
+        copy_engines=copy_engines,
         groupings=context_parallel.chosen_groupings(cases.comma_separated(groups)),
         work=context_parallel.chosen_work(work),
         check=check,
         quick=quick,
+    )
+    require(
+        not copy_engines or device == "cuda",
+        "copy engines are GPUs'",
+        expected="--copy-engines with --device cuda",
+        given=f"--device {device}",
     )
     require(
         write_rates is None or work is None,
@@ -74,7 +84,7 @@ def bench_cp(
         for path in (out, write_rates):
             if path is not None:
                 require_writable(path)
-    with process_group(own_device):
+    with process_group(own_device, copy_engines=copy_engines):
 
         def run(notify: timing.Notify) -> context_parallel.Batches:
             for batch in context_parallel.run_group(request, own_device, notify):

@@ -18,6 +18,7 @@ from weft_attn.distributed.gathered import Call, gathered_attention
 from weft_attn.distributed.groups import Groups, head_groups, head_times
 from weft_attn.distributed.memory import Memory, plan_memory
 from weft_attn.distributed.shard import ShardedBatch, next_tokens, shard_rows, sharded_batch, unshard_rows
+from weft_attn.distributed.symmetric import windows_of
 from weft_attn.errors import InvalidInput, WeftError, require
 from weft_attn.ops.plain import refuse_tangents
 from weft_attn.plan import build
@@ -60,6 +61,11 @@ class ContextParallel:
             out on one rank, still leaves the others waiting. Without it, a rank that raises leaves the others waiting until the group's
             timeout, or, where its error is caught, its next call meets theirs: no result of a group that a rank has raised in is to be
             used. Equal on all ranks.
+        symmetric_memory: gather into memory that is registered with the group's NCCL communicator, so that the copy engines of GPUs
+            that NVLink connects gather, and no multiprocessors, where the group was made with `ProcessGroupNCCL.Options` whose
+            `config.cta_policy` is `NCCL_CTA_POLICY_ZERO`. PyTorch calls that interface alpha. The memory is held as long as the
+            group: what `Memory.gathered` says, up to four times that where batches grow. The first one of a group is made by all ranks
+            together. Not with keep_gathered. Equal on all ranks.
 
     Attributes:
         rank, world_size: of this process in the group.
@@ -67,6 +73,7 @@ class ContextParallel:
     Raises:
         InvalidInput: (a ValueError) a group that this process is not part of, a mesh of several dimensions, an unknown layout,
             or a bad option.
+        Unsupported: (a ValueError) symmetric_memory of a group without NCCL, or where PyTorch does not have it.
 
     Example:
         >>> import torch, weft_attn as weft
@@ -89,6 +96,7 @@ class ContextParallel:
         keep_gathered: bool = False,
         grad_reduce_dtype: torch.dtype = torch.float32,
         debug: bool = False,
+        symmetric_memory: bool = False,
     ) -> None:
         layout_named(layout)
         if max_gather_bytes is not None:
@@ -104,7 +112,15 @@ class ContextParallel:
         self.keep_gathered = checks.flag(keep_gathered, "keep_gathered")
         self.grad_reduce_dtype = grad_reduce_dtype
         self.debug = checks.flag(debug, "debug")
+        self.symmetric_memory = checks.flag(symmetric_memory, "symmetric_memory")
+        require(
+            not (self.symmetric_memory and self.keep_gathered),
+            "keys that a call keeps lie in memory of their own",
+            expected="symmetric_memory or keep_gathered",
+            given="both",
+        )
         self._ranks = Ranks.of(group)
+        self._windows = windows_of(self._ranks) if self.symmetric_memory and self.world_size > 1 else None
 
     @property
     def rank(self) -> int:
@@ -298,6 +314,7 @@ class ContextParallel:
                 deterministic=checks.flag(deterministic, "deterministic"),
                 keep_gathered=keeps,
                 grad_reduce_dtype=self.grad_reduce_dtype,
+                windows=self._windows,
             )
             return batch, call
 
@@ -314,6 +331,7 @@ class ContextParallel:
                 "scalars": (call.softmax_scale, call.softcap, call.deterministic, sinks is not None),
                 "gradients": (needed(), call.keep_gathered, call.grad_reduce_dtype),
                 "groups of heads": (call.groups, call.largest, call.in_turn),
+                "symmetric memory": call.windows is not None,
             }
 
         _, call = self._agreed(checked, facts)

@@ -12,8 +12,9 @@ whatever memory held, and no slice of the plan reaches them.
 
 Every collective has a buffer of its own where memory allows (memory.py), and all gathers are queued before the first attention. A collective
 that becomes ready while other kernels run waits for their multiprocessors, so the first gather gets a head start before the copies for the
-second one, that one before the first attention, and a reduce-scatter before what follows it. Otherwise two buffers take turns, and memory
-between a backward's launches is of one group at a time. Which heads are attended to together, gathered and reduced: groups.py.
+second one, that one before the first attention, and a reduce-scatter before what follows it; gathers that take no multiprocessors
+(symmetric.py) need none. Otherwise two buffers take turns, and memory between a backward's launches is of one group at a time. Which heads
+are attended to together, gathered and reduced: groups.py.
 
 On a GPU the order of the compute stream keeps buffers that take turns apart: a collective starts after what was queued before it, and
 what is queued after its `wait` starts after it.
@@ -28,6 +29,7 @@ import torch
 
 from weft_attn.distributed.collectives import Pending, Ranks
 from weft_attn.distributed.groups import Groups, Pass
+from weft_attn.distributed.symmetric import Windows
 from weft_attn.errors import Unsupported
 from weft_attn.ops import Backward, attention_into, begin_backward
 from weft_attn.plan.slices import Plan
@@ -43,6 +45,7 @@ class Call:
         largest, in_turn: of `Memory`.
         keep_gathered: keep the gathered keys and values for the backward, instead of gathering again.
         grad_reduce_dtype: what partial gradients of keys and values are kept and summed in.
+        windows: where gathered keys lie, if not in ordinary memory.
     """
 
     plan: Plan
@@ -56,6 +59,7 @@ class Call:
     deterministic: bool
     keep_gathered: bool
     grad_reduce_dtype: torch.dtype
+    windows: Windows | None = None
 
 
 def gathered_attention(
@@ -102,6 +106,7 @@ class _Turns:
     Args:
         held: heads of each.
         in_turn: how many there are, of `largest` heads: one is taken again so many collectives later. None: one for each.
+        windows: where they lie, if not in ordinary memory.
     """
 
     def __init__(
@@ -113,12 +118,17 @@ class _Turns:
         largest: int,
         in_turn: int | None,
         dtype: torch.dtype,
+        windows: Windows | None = None,
     ) -> None:
         self.dims = (k.shape[2], v.shape[2])
         self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in held]
         self.rows = rows
         widths = self.widths if in_turn is None else [largest * sum(self.dims)] * in_turn
-        self.memory = [torch.empty(rows * width, dtype=dtype, device=k.device) for width in widths]
+        counts = [rows * width for width in widths]
+        if windows is None:
+            self.memory = [torch.empty(count, dtype=dtype, device=k.device) for count in counts]
+        else:
+            self.memory = windows.take(counts, dtype, k.device)
 
     def buffer(self, at: int) -> torch.Tensor:
         width = self.widths[at]
@@ -133,11 +143,12 @@ class _Gather:
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: Pass, in_turn: int | None) -> None:
         self.k, self.v, self.call, self.groups = k, v, call, groups
-        self.turns = _Turns(call.ranks.world_size * call.rank_stride, k, v, groups.gathers, call.largest, in_turn, k.dtype)
+        rows = call.ranks.world_size * call.rank_stride
+        self.turns = _Turns(rows, k, v, groups.gathers, call.largest, in_turn, k.dtype, call.windows)
         self.pending: dict[int, Pending] = {}
         self.start(0)
         if len(self.turns.memory) > 1:
-            call.ranks.let_start(k.device)
+            self._let_start()
         for at in range(1, len(self.turns.memory)):
             self.start(at)
 
@@ -161,7 +172,11 @@ class _Gather:
         if at in self.pending:
             self.pending.pop(at).wait()
             if self.pending and at == 0:
-                self.call.ranks.let_start(self.k.device)
+                self._let_start()
+
+    def _let_start(self) -> None:
+        if self.call.windows is None or self.call.windows.takes_multiprocessors:
+            self.call.ranks.let_start(self.k.device)
 
     def views(self, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a group's keys and values are once they are waited for."""

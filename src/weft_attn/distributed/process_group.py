@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,17 +23,23 @@ def backend_of(on_gpu: bool) -> str:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device, *, copy_engines: bool = False) -> Iterator[None]:
     """The default process group of such a job.
 
     Args:
         device: this process's own.
+        copy_engines: ask NCCL for collectives without multiprocessors, where it has them.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first collective.
-    dist.init_process_group(backend_of(on_gpu), device_id=device if on_gpu else None)
+    options = None
+    if copy_engines:
+        nccl: Any = dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
+    dist.init_process_group(backend_of(on_gpu), device_id=device if on_gpu else None, pg_options=options)
     yield
     # Not where a rank fails: it would wait for the others, or make them fail too and hide the one that failed first.
     # What still holds the group keeps its threads alive, and one that ends a collective while the interpreter goes down aborts the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -11,10 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from weft_attn.distributed import context_parallel
+from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.context_parallel import ContextParallel
 from weft_attn.distributed.groups import Groups, Pass
+from weft_attn.distributed.symmetric import Windows
 from weft_attn.plan import Plan
 from weft_attn.testing.cases import Case, Inputs, cumulative, make_inputs
 from weft_attn.testing.compare import Results, assert_matches_oracle, baselines_of, evaluate, oracle_of
@@ -34,7 +37,7 @@ class ParallelCase:
         heads_per_group: what max_gather_bytes is set to allow; None: leave it.
         group_sizes: KV heads of each launch of the forward and of the backward; None: what `head_groups` chooses.
         merged: three of them share gathers and reduce-scatters as `Pass.between` says; otherwise each has its own.
-        keep_gathered, grad_reduce_dtype: of `ContextParallel`.
+        keep_gathered, grad_reduce_dtype, symmetric_memory: of `ContextParallel`; on CPUs, windows of ordinary memory.
         deterministic: of `ContextParallel.attention`; unlike there on by default, for bits are compared.
     """
 
@@ -48,6 +51,7 @@ class ParallelCase:
     merged: bool = False
     keep_gathered: bool = False
     grad_reduce_dtype: torch.dtype = torch.float32
+    symmetric_memory: bool = False
     deterministic: bool = True
 
     @property
@@ -60,7 +64,14 @@ class ParallelCase:
 
     def parallel(self, group: Any = None) -> ContextParallel:
         """The case's ContextParallel on this rank."""
-        settings: dict[str, Any] = dict(keep_gathered=self.keep_gathered, grad_reduce_dtype=self.grad_reduce_dtype)
+        over_nccl = dist.is_initialized() and "nccl" in dist.get_backend(group)
+        with nullcontext() if over_nccl else mock.patch.object(context_parallel, "windows_of", OrdinaryWindows):
+            return self._parallel(group)
+
+    def _parallel(self, group: Any) -> ContextParallel:
+        settings: dict[str, Any] = {
+            name: getattr(self, name) for name in ("keep_gathered", "grad_reduce_dtype", "symmetric_memory")
+        }
         made = ContextParallel(group, self.layout, **settings)
         if self.heads_per_group is None:
             return made
@@ -89,13 +100,35 @@ class ParallelCase:
 
     def __str__(self) -> str:
         parts = [self.layout, str(self.attention).removeprefix("causal-")]
-        for name in ("lengths", "causal", "window", "heads_per_group", "group_sizes", "merged", "keep_gathered"):
+        for name in (
+            "lengths",
+            "causal",
+            "window",
+            "heads_per_group",
+            "group_sizes",
+            "merged",
+            "keep_gathered",
+            "symmetric_memory",
+        ):
             if getattr(self, name) != getattr(_PLAIN, name):
                 parts.append(f"{name}={getattr(self, name)}")
         return "-".join(parts)
 
 
 _PLAIN = ParallelCase()
+
+
+class OrdinaryWindows(Windows):
+    """Windows that nobody has registered, for groups without NCCL."""
+
+    def __init__(self, _ranks: Ranks | None = None) -> None:
+        super().__init__("", takes_multiprocessors=False)
+
+    def _stream(self, device: torch.device) -> int:  # noqa: ARG002
+        return 0
+
+    def _register(self, n_bytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(n_bytes, dtype=torch.uint8, device=device)
 
 
 def owned_rows(layout: str, length: int, rank: int, world_size: int) -> list[int]:
