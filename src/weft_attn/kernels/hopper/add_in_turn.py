@@ -10,6 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
+from weft_attn.kernels.hopper import ptx
 from weft_attn.kernels.hopper.compat import add_box, aggregate
 from weft_attn.kernels.hopper.outbox import BOX_COLUMNS
 from weft_attn.kernels.triton.visibility import edges_of_part, first_tile_of_walk, interior_of_part, next_tile_of_walk
@@ -26,7 +27,7 @@ def _wait_text():
     return (
         "{ .reg .pred come; .reg .b32 seen; "
         "LOOK${:uid}: ld.acquire.gpu.global.b32 seen, [$1]; setp.eq.s32 come, seen, $2; "
-        "vote.sync.all.pred come, come, 0xffffffff; @!come bra.uni LOOK${:uid}; fence.proxy.async.global; mov.u32 $0, seen; }"
+        "vote.sync.all.pred come, come, 0xffffffff; @!come bra.uni LOOK${:uid}; fence.proxy.async.global; }"
     )
 
 
@@ -37,10 +38,7 @@ def _leave_text():
     The copy engine's completion is a promise to the thread that asked for it. To make it one to all who read the word takes both fences, that
     between the copy engine and the rest and the release; without them sums of distant programs came in another order now and then.
     """
-    return (
-        "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.warp.sync 0xffffffff; "
-        "st.release.gpu.global.b32 [$1], $2; mov.u32 $0, 0;"
-    )
+    return "cp.async.bulk.wait_group 0; fence.proxy.async.global; bar.warp.sync 0xffffffff; st.release.gpu.global.b32 [$1], $2;"
 
 
 @aggregate
@@ -77,11 +75,11 @@ def _add_tiles(p, outbox, turns, step, run, n_tiles, direction, first_head, firs
             row = (first_head + member) * p.stride_stats_h + col
             place = outbox.slots.wait(step)
             word = turns.word(row, ADDER)
-            gl.inline_asm_elementwise(_wait_text(), "=r,l,r", [word, after], dtype=gl.int32, is_pure=False, pack=1)
+            ptx.run(_wait_text(), "lr", (word, after))
             add_box(outbox.dq_sum_desc, [row, ADDER * BOX_COLUMNS], outbox.boxes.index(place))
             tma.store_wait(pendings=0)
             outbox.slots.release(step)
-            gl.inline_asm_elementwise(_leave_text(), "=r,l,r", [word, first_key + 1], dtype=gl.int32, is_pure=False, pack=1)
+            ptx.run(_leave_text(), "lr", (word, first_key + 1))
             step += 1
         run, col, left = next_tile_of_walk(p.runs_ptr, run, col, left, direction, p.BLOCK_Q)
     return step

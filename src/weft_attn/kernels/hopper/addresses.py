@@ -7,6 +7,7 @@ one where a buffer is.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from weft_attn.kernels.hopper import ptx
 from weft_attn.kernels.hopper.compat import as_barriers, as_words, synchronize
 from weft_attn.kernels.hopper.tiles import one_a_lane
 
@@ -29,14 +30,11 @@ def write_addresses():
     """
     n_bytes = gl.inline_asm_elementwise("mov.u32 $0, %dynamic_smem_size;", "=r", [], dtype=gl.int32, is_pure=True, pack=1)
     offsets = gl.arange(0, MOST_BYTES // ALIGNMENT, one_a_lane(4)) * ALIGNMENT
-    gl.inline_asm_elementwise(
+    ptx.run(
         "{ .reg .pred inside; .reg .b32 at; mov.u32 at, global_smem; add.u32 at, at, $1; setp.lt.u32 inside, $1, $2; "
-        "@inside st.shared.b32 [at], at; mov.u32 $0, 0; }",
-        "=r,r,r",
-        [offsets, n_bytes],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        "@inside st.shared.b32 [at], at; }",
+        "rr",
+        (offsets, n_bytes),
     )
     synchronize()
 

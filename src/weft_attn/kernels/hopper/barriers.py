@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from weft_attn.kernels.hopper import ptx
 from weft_attn.kernels.hopper.addresses import N_WORDS, WORD_BYTES, make_words
 from weft_attn.kernels.hopper.compat import aggregate
 
@@ -39,14 +40,11 @@ class WarpBarriers:
     @gluon.jit
     def arrive(self, number):
         """The warp arrives: what its threads have read and written before, others may rely on once the barrier completes."""
-        gl.inline_asm_elementwise(
+        ptx.run(
             "{ .reg .pred leader; bar.warp.sync 0xffffffff; elect.sync _|leader, 0xffffffff; "
-            "@leader mbarrier.arrive.shared::cta.b64 _, [$1]; mov.u32 $0, 0; }",
-            "=r,r",
-            [self.words_at + number * WORD_BYTES],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
+            "@leader mbarrier.arrive.shared::cta.b64 _, [$1]; }",
+            "r",
+            (self.words_at + number * WORD_BYTES,),
         )
 
 

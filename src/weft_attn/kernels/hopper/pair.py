@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from weft_attn.kernels.hopper import ptx
 from weft_attn.kernels.hopper.addresses import N_WORDS, ROW_BYTES, WORD_BYTES, address_of, make_words
 from weft_attn.kernels.hopper.barriers import WARPS
 from weft_attn.kernels.hopper.compat import aggregate, as_words
@@ -28,10 +29,9 @@ DESCRIPTOR_PARAMETERS = 5
 
 @gluon.constexpr_function
 def _one_thread(text):
-    """PTX whose instructions marked `@leader` one thread of each warp runs. An assembly has a result."""
-    return "{ .reg .pred leader; .reg .b16 both; .reg .b32 there, other; .reg .b64 desc; elect.sync _|leader, 0xffffffff; " + (
-        text + " mov.u32 $0, 0; }"
-    )
+    """PTX whose instructions marked `@leader` one thread of each warp runs."""
+    declared = ".reg .pred leader; .reg .b16 both; .reg .b32 there, other; .reg .b64 desc;"
+    return f"{{ {declared} elect.sync _|leader, 0xffffffff; {text} }}"
 
 
 @gluon.constexpr_function
@@ -52,9 +52,7 @@ def _fetch_text(parameter):
 @gluon.jit
 def _fetch_for_both(PARAMETER: gl.constexpr, column, row, address, barrier):
     """Ask for a box, to the same address and counted at the same barrier in both programs."""
-    gl.inline_asm_elementwise(
-        _fetch_text(PARAMETER), "=r,r,r,r,r", [column, row, address, barrier], dtype=gl.int32, is_pure=False, pack=1
-    )
+    ptx.run(_fetch_text(PARAMETER), "rrrr", (column, row, address, barrier))
 
 
 @gluon.jit
@@ -63,13 +61,10 @@ def _await(barrier, phase):
 
     Gluon's wait lets the warps of a group meet before it, which those that multiply together need not (docs/adr/0037).
     """
-    gl.inline_asm_elementwise(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again; mov.u32 $0, 0; }",
-        "=r,r,r",
-        [barrier, phase],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+    ptx.run(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again; }",
+        "rr",
+        (barrier, phase),
     )
 
 
@@ -80,59 +75,43 @@ def _arrive_in_both(barrier):
     Without the cluster's scope, which would wait for the warp's writes to global memory as well: products have read the tile, which
     the warp has waited for, and the zeros that it may have written there were handed to them before (tiles.py: `agree`).
     """
-    gl.inline_asm_elementwise(
+    ptx.run(
         _one_thread(
             "mapa.shared::cluster.u32 there, $1, 0; @leader mbarrier.arrive.shared::cluster.b64 _, [there]; "
             "mapa.shared::cluster.u32 other, $1, 1; @leader mbarrier.arrive.shared::cluster.b64 _, [other];"
         ),
-        "=r,r",
-        [barrier],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        "r",
+        (barrier,),
     )
 
 
 @gluon.jit
 def _arrive_in(barrier, program):
     """The warp arrives at the barrier at this address of one of the programs."""
-    gl.inline_asm_elementwise(
+    ptx.run(
         _one_thread("mapa.shared::cluster.u32 there, $1, $2; @leader mbarrier.arrive.shared::cluster.b64 _, [there];"),
-        "=r,r,r",
-        [barrier, program],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        "rr",
+        (barrier, program),
     )
 
 
 @gluon.jit
 def _send(word, address, barrier, program):
     """Write a word to this address of one of the programs, counted at its barrier."""
-    gl.inline_asm_elementwise(
+    ptx.run(
         _one_thread(
             "mapa.shared::cluster.u32 there, $2, $4; mapa.shared::cluster.u32 other, $3, $4; "
             "@leader st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], $1, [other];"
         ),
-        "=r,r,r,r,r",
-        [word, address, barrier, program],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
+        "rrrr",
+        (word, address, barrier, program),
     )
 
 
 @gluon.jit
 def _meet():
     """Wait for all warps of both programs."""
-    gl.inline_asm_elementwise(
-        "barrier.cluster.arrive.release; barrier.cluster.wait.acquire; mov.u32 $0, 0;",
-        "=r",
-        [],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    ptx.run("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;", "", ())
 
 
 # ---- who works on what ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ arrives at. Every consumer takes as many turns.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from weft_attn.kernels.hopper import ptx
+
 # The hardware has 16 barriers: Triton counts its own from 0; these are the last ones, before them those of votes.py, then of hold.py.
 BARRIERS = gl.constexpr(16)
 # Threads at a barrier: a consumer's and its predecessor's.
@@ -16,13 +18,13 @@ THREADS = gl.constexpr(256)
 
 @gluon.constexpr_function
 def _barrier(operation, consumer, consumers):
-    """PTX: what a consumer's barrier is told. An assembly has a result."""
-    return f"barrier.{operation}.aligned {BARRIERS.value - consumers + consumer}, {THREADS.value}; mov.u32 $0, 0;"
+    """PTX: what a consumer's barrier is told."""
+    return f"barrier.{operation}.aligned {BARRIERS.value - consumers + consumer}, {THREADS.value};"
 
 
 @gluon.jit
 def _tell(OPERATION: gl.constexpr, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
-    gl.inline_asm_elementwise(_barrier(OPERATION, CONSUMER, CONSUMERS), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    ptx.run(_barrier(OPERATION, CONSUMER, CONSUMERS), "", ())
 
 
 @gluon.jit

@@ -8,6 +8,7 @@ which one assembly writes and the next one reads (docs/adr/0033).
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from weft_attn.kernels.hopper import ptx
 from weft_attn.kernels.hopper.turns import BARRIERS
 
 THREADS = gl.constexpr(128)
@@ -26,7 +27,7 @@ def _register(consumer):
 
 @gluon.constexpr_function
 def _declare(consumer):
-    return f".reg .pred {_register(consumer)}; mov.u32 $0, 0;"
+    return f".reg .pred {_register(consumer)};"
 
 
 @gluon.constexpr_function
@@ -50,7 +51,7 @@ def _read(consumer):
 @gluon.jit
 def begin_votes(CONSUMER: gl.constexpr):
     """Before a consumer's first vote, once."""
-    gl.inline_asm_elementwise(_declare(CONSUMER), "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    ptx.run(_declare(CONSUMER), "", ())
 
 
 @gluon.jit
