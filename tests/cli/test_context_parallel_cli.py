@@ -88,6 +88,9 @@ def test_a_run_without_torchrun_says_how_to_start_one(monkeypatch: pytest.Monkey
         ("--work", "short"),
         ("--work", "long", "--write-rates", "rates.json"),
         ("--device", "cuda:1"),
+        ("--copy-engines",),
+        ("--copy-engines", "--device", "cuda", "--work", "links"),
+        ("--copy-engines", "--device", "cuda", "--write-rates", "rates.json"),
     ],
 )
 def test_bad_requests_are_refused_before_a_group_is_made(arguments: tuple[str, ...]):

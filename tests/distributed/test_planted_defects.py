@@ -19,6 +19,7 @@ from weft_attn.distributed import context_parallel, gathered, shard
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.groups import Groups, Pass, head_groups
 from weft_attn.distributed.shard import ShardedBatch
+from weft_attn.distributed.symmetric import Windows
 from weft_attn.plan import Plan, build
 from weft_attn.testing.cases import Case
 from weft_attn.testing.parallel import ParallelCase, RankResults, assert_ranks_match_oracle, run_case
@@ -30,7 +31,11 @@ CASES = [
     ParallelCase(lengths=(17, 0, 1, 8), attention=ATTENTION, window=(6, None), heads_per_group=1),
     ParallelCase(lengths=(17, 0, 1, 8), attention=ATTENTION, heads_per_group=1, keep_gathered=True),
     ParallelCase(
-        lengths=(17, 0, 1, 8), attention=replace(ATTENTION, heads=6, kv_heads=3), group_sizes=((1, 2), (1, 1, 1)), merged=True
+        lengths=(17, 0, 1, 8),
+        attention=replace(ATTENTION, heads=6, kv_heads=3),
+        group_sizes=((1, 2), (1, 1, 1)),
+        merged=True,
+        symmetric_memory=True,
     ),
 ]
 
@@ -144,6 +149,11 @@ def gradients_of_the_first_heads(original: Any, self: Any, at: int) -> None:
     self.groups = own
 
 
+def one_on_the_other(original: Any, self: Any, counts: Sequence[int], *rest: Any, **named: Any) -> list[torch.Tensor]:
+    longest = max(original(self, counts, *rest, **named), key=len)
+    return [longest[:count] for count in counts]
+
+
 def first_heads_of_a_buffer(views: Any, held: slice, heads: slice) -> Any:
     return tuple(x[:, : heads.stop - heads.start] for x in views)
 
@@ -172,6 +182,7 @@ DEFECTS: dict[str, Defect] = {
         "__init__",
         lambda original, self, k, v, call, groups, _: original(self, k, v, call, groups, 2),
     ),
+    "gather: buffers of a window lie on each other": around(Windows, "take", one_on_the_other),
     "gather: other ranks' keys never come": attribute(Ranks, "all_gather", lambda self, buffer: Done()),
     "gather: the last head group is missing": attribute(context_parallel, "head_groups", without_the_last_group),
     "gradients: sums overwritten before they are put with the others": around(

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 
 import weft_attn as weft
-from weft_attn.distributed import gathered
+from weft_attn.distributed import context_parallel, gathered
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.testing.cases import Case, make_inputs
-from weft_attn.testing.parallel import ParallelCase
+from weft_attn.testing.parallel import OrdinaryWindows, ParallelCase
 from weft_attn.testing.ranks import run_ranks
 
 CU = [0, 9, 9, 10, 33]
@@ -191,7 +191,11 @@ def gradient_through_unshard(rank: int, world_size: int) -> bool:
 
 
 def checkpointed(rank: int, world_size: int) -> bool:
-    cp = CASE.parallel()
+    return all(same_where_checkpointed(replace(CASE, symmetric_memory=is_symmetric)) for is_symmetric in (False, True))
+
+
+def same_where_checkpointed(case: ParallelCase) -> bool:
+    cp = case.parallel()
     leaves = local_tensors(cp)
     found = []
     for run in (
@@ -322,7 +326,7 @@ def attention_of(cp: weft.ContextParallel, x: torch.Tensor) -> torch.Tensor:
 
 def windows_without_nccl(rank: int, world_size: int) -> bool:
     """Symmetric memory over gloo is refused, and taken by a rank that is alone, which gathers nothing."""
-    with pytest.raises(weft.Unsupported, match=r"over NCCL, given the backend gloo"):
+    with pytest.raises(weft.Unsupported, match=r"expected a group whose GPUs use NCCL, given 'cpu:gloo,cuda:gloo"):
         weft.ContextParallel(symmetric_memory=True)
     alone = [dist.new_group([r]) for r in range(world_size)][rank]
     x = torch.randn(10, 2, 16)
@@ -356,6 +360,8 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
             return cp.attention(forward_ad.make_dual(x, x), x, x, CU)
 
     other_layout = weft.ContextParallel(layout="contiguous", debug=True)
+    with mock.patch.object(context_parallel, "windows_of", return_value=OrdinaryWindows()):
+        with_windows = weft.ContextParallel(debug=True, symmetric_memory=True)
     cases: dict[str, Callable[[], object]] = {
         "none": call,
         "cu_seqlens": lambda: call([0, 10, 10, 19, 33] if odd else CU),
@@ -367,6 +373,7 @@ def disagreements(rank: int, world_size: int) -> dict[str, str]:
         "scalars": lambda: call(softcap=3.0 if odd else 0.0),
         "gradients": lambda: call(grad=odd),
         "gradients of sinks": lambda: call(sinks=torch.zeros(2, requires_grad=odd)),
+        "symmetric memory": lambda: call(cp=with_windows if odd else cp),
         "layout": lambda: call([0, 1], cp=other_layout if odd else cp),
         "call": lambda: cp.unshard(CU, cp.shard(CU, torch.zeros(33, 2, 16))) if odd else call(),
         "refusal": lambda: call(softcap=-1.0 if odd else 0.0),
@@ -555,7 +562,18 @@ def test_a_group_may_be_a_mesh_dimension_or_a_part_of_the_world(answers: list[di
 def test_in_debug_mode_all_ranks_are_told_who_differs_in_what(answers: list[dict[str, Any]]) -> None:
     told = [answer["disagreements"] for answer in answers]
     assert {each[same] for each in told for same in ("none", "same mask")} == {""}
-    for fact in ("cu_seqlens", "dtype", "heads and dims", "kind of device", "mask", "scalars", "gradients", "layout", "call"):
+    for fact in (
+        "cu_seqlens",
+        "dtype",
+        "heads and dims",
+        "kind of device",
+        "mask",
+        "scalars",
+        "gradients",
+        "layout",
+        "call",
+        "symmetric memory",
+    ):
         messages = {each[fact] for each in told}
         assert len(messages) == 1, "all ranks raise the same"
         message = messages.pop()

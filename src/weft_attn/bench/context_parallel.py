@@ -140,7 +140,8 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
     )
     if parallel.world_size == 1 and request.work == LINKS:
         raise Unsupported("one rank has no collectives: expected two ranks or more with --work links, given one")
-    if parallel.world_size > 1 and request.work in (None, LINKS):
+    # They use ordinary memory.
+    if parallel.world_size > 1 and request.work in (None, LINKS) and not request.copy_engines:
         notify("collectives alone")
         yield link_records(request, device, environment)
     for workload in chosen:

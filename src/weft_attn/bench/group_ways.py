@@ -185,17 +185,20 @@ def weft_ways(
         return _only(weft.plan_attention(q, k, v, whole_plan))
 
     # One rank gathers nothing: its call is a launch and no more.
-    note = "keys are gathered into symmetric memory, which the peak leaves out" if parallel.symmetric_memory else ""
-    ways = [Way(WEFT, attend, own, own_oracle, is_whole=workload.world_size > 1, note=note)]
+    is_whole = workload.world_size > 1
+    where = (
+        "keys are gathered into symmetric memory, which the peak leaves out" if is_whole and parallel.symmetric_memory else ""
+    )
+    ways = [Way(WEFT, attend, own, own_oracle, is_whole=is_whole, note=where)]
     here = Tensors(own.q, (gathered_keys_and_values(batch, whole),), own.dout)
     note = "one launch of all heads on gathered keys and values; dK and dV are this rank's part of the sum"
     ways.append(Way(KERNELS, attend_gathered, here, own_oracle, compared=("out", "dq"), note=note))
-    if workload.world_size > 1:
+    if is_whole:
         note = "the same launch once all ranks have come to it, by a sum of one number over them"
         ways.append(Way(IN_STEP, attend_in_step, here, own_oracle, compared=("out", "dq"), note=note))
         for grouping in groupings:
             groups = grouping.groups(workload.model.kv_heads)
-            note = "these groups of KV heads, whatever `distributed/groups.py` says"
+            note = "; ".join(filter(None, ("these groups of KV heads, whatever `distributed/groups.py` says", where)))
             around = partial(in_groups, groups)
             ways.append(Way(grouping.way, attend, own, own_oracle, around=around, is_whole=True, note=note))
         note = "the same gathers, reduce-scatters and copies around kernels that do nothing: no result to check"

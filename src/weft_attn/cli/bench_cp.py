@@ -39,7 +39,10 @@ def bench_cp(
     write_rates: Annotated[Path | None, typer.Option(help="write measured rates for `weft simulate --rates`")] = None,
     device: Annotated[str, typer.Option(help="cuda: each rank its own GPU, with NCCL; cpu: gloo")] = "cuda",
     copy_engines: Annotated[
-        bool, typer.Option(help="gather into symmetric memory, in a group that asks NCCL for no multiprocessors; GPUs")
+        bool,
+        typer.Option(
+            help="gather into symmetric memory, in a group that asks NCCL for no multiprocessors, on GPUs; without the collectives alone"
+        ),
     ] = False,
     check: Annotated[bool, typer.Option(help="check results before timing them")] = True,
     sustained: Annotated[bool, typer.Option(help="long rounds on a heated card, whose power bounds its clocks")] = False,
@@ -70,6 +73,12 @@ def bench_cp(
         "copy engines are GPUs'",
         expected="--copy-engines with --device cuda",
         given=f"--device {device}",
+    )
+    require(
+        not copy_engines or (work != context_parallel.LINKS and write_rates is None),
+        "collectives alone, and rates, are of ordinary memory",
+        expected="--copy-engines without --work links and --write-rates",
+        given=f"--work {work}, --write-rates {write_rates}",
     )
     require(
         write_rates is None or work is None,

@@ -23,6 +23,7 @@ FACTS = (
     "scalars",
     "gradients",
     "groups of heads",
+    "symmetric memory",
 )
 
 
@@ -37,6 +38,7 @@ def require_agreement(ranks: Ranks, facts: Mapping[str, object], refusal: WeftEr
         WeftError: `refusal`, on the rank that has one.
         InvalidInput: on all others, where a rank refuses; on all ranks, naming those that differ, where facts differ.
     """
+    assert facts.keys() <= set(FACTS), facts.keys() - set(FACTS)
     digests = [int(refusal is not None), *(_digest(facts.get(name)) for name in FACTS)]
     buffer = torch.empty(ranks.world_size, len(digests), dtype=torch.int64, device=ranks.control_device)
     ranks.own_rows(buffer).copy_(torch.tensor([digests], device="cpu"))

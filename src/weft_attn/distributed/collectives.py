@@ -109,6 +109,12 @@ class Ranks:
         """Let no rank go on before all are here: on a GPU what its current stream is given next waits, not the host."""
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
+    def all_can(self, can: bool, device: torch.device) -> bool:
+        """Whether every rank can; collective, on this device, and the host waits."""
+        unable = torch.full((1,), int(not can), dtype=torch.int32, device=device)
+        dist.all_reduce(unable, group=self.group)
+        return unable.item() == 0
+
     def own_rows(self, buffer: torch.Tensor) -> torch.Tensor:
         """This rank's part of a buffer (W * rows, ...) that holds the same number of rows of every rank."""
         rows = len(buffer) // self.world_size

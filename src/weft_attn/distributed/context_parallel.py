@@ -63,9 +63,9 @@ class ContextParallel:
             used. Equal on all ranks.
         symmetric_memory: gather into memory that is registered with the group's NCCL communicator, so that the copy engines of GPUs
             that NVLink connects gather, and no multiprocessors, where the group was made with `ProcessGroupNCCL.Options` whose
-            `config.cta_policy` is `NCCL_CTA_POLICY_ZERO`. PyTorch calls that interface alpha. The memory is held as long as the
-            group: what `Memory.gathered` says, up to four times that where batches grow. The first one of a group is made by all ranks
-            together. Not with keep_gathered. Equal on all ranks.
+            `config.cta_policy` is `NCCL_CTA_POLICY_ZERO`. PyTorch calls that interface alpha, and takes it from NCCL for the whole
+            process then. The memory is NCCL's, not of PyTorch's allocator, and held as long as the group: what `Memory.gathered` says,
+            up to four times that where batches grow. Not with keep_gathered, nor in a CUDA graph. Equal on all ranks.
 
     Attributes:
         rank, world_size: of this process in the group.
@@ -73,7 +73,7 @@ class ContextParallel:
     Raises:
         InvalidInput: (a ValueError) a group that this process is not part of, a mesh of several dimensions, an unknown layout,
             or a bad option.
-        Unsupported: (a ValueError) symmetric_memory of a group without NCCL, or where PyTorch does not have it.
+        Unsupported: (a ValueError) symmetric_memory of a group whose GPUs do not use NCCL, or where PyTorch cannot take it from NCCL.
 
     Example:
         >>> import torch, weft_attn as weft
@@ -278,7 +278,9 @@ class ContextParallel:
         Raises:
             InvalidInput, InvalidPlan: (both ValueError) as `weft.varlen_attention`; tensors that do not have this rank's rows;
                 a max_gather_bytes that one head exceeds; with debug, ranks that differ. All before the first collective.
-            Unsupported: (a ValueError) no kernel config fits the device.
+            Unsupported: (a ValueError) no kernel config fits the device; with symmetric_memory also, before the first collective, tensors
+                on no GPU or a CUDA graph being captured.
+            RuntimeError: on all ranks, one has no room for symmetric memory.
 
         Determinism and memory: as `weft.attention`, where the group's collectives repeat their bits (gloo's do; NCCL's for the same
         ranks and topology). Saves q, k, v, out and lse; `memory` says what is gathered. Under torch.compile it runs outside the graph.
@@ -296,6 +298,8 @@ class ContextParallel:
             checks.sink_logits(sinks, q)
             refuse_tangents(q, k, v, sinks)
             checks.flag(return_lse, "return_lse")
+            if self._windows is not None:
+                self._windows.require_usable(q.device)
             batch = self._batch(cu_seqlens)
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
             trains = any(needed())

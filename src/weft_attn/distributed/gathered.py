@@ -22,7 +22,9 @@ what is queued after its `wait` starts after it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -100,13 +102,17 @@ def _lies_in_words(x: torch.Tensor) -> bool:
     return x.stride(2) == 1 and x.data_ptr() % torch.int64.itemsize == 0 and all(place % each == 0 for place in places)
 
 
+def _ordinary_memory(counts: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    return [torch.empty(count, dtype=dtype, device=device) for count in counts]
+
+
 class _Turns:
     """Buffers (rows, G * (D + Dv)) for the heads of one collective after another.
 
     Args:
         held: heads of each.
         in_turn: how many there are, of `largest` heads: one is taken again so many collectives later. None: one for each.
-        windows: where they lie, if not in ordinary memory.
+        take: what gives one-dimensional tensors of so many elements each.
     """
 
     def __init__(
@@ -118,17 +124,13 @@ class _Turns:
         largest: int,
         in_turn: int | None,
         dtype: torch.dtype,
-        windows: Windows | None = None,
+        take: Callable[[Sequence[int], torch.dtype, torch.device], list[torch.Tensor]] = _ordinary_memory,
     ) -> None:
         self.dims = (k.shape[2], v.shape[2])
         self.widths = [(heads.stop - heads.start) * sum(self.dims) for heads in held]
         self.rows = rows
         widths = self.widths if in_turn is None else [largest * sum(self.dims)] * in_turn
-        counts = [rows * width for width in widths]
-        if windows is None:
-            self.memory = [torch.empty(count, dtype=dtype, device=k.device) for count in counts]
-        else:
-            self.memory = windows.take(counts, dtype, k.device)
+        self.memory = take([rows * width for width in widths], dtype, k.device)
 
     def buffer(self, at: int) -> torch.Tensor:
         width = self.widths[at]
@@ -144,7 +146,8 @@ class _Gather:
     def __init__(self, k: torch.Tensor, v: torch.Tensor, call: Call, groups: Pass, in_turn: int | None) -> None:
         self.k, self.v, self.call, self.groups = k, v, call, groups
         rows = call.ranks.world_size * call.rank_stride
-        self.turns = _Turns(rows, k, v, groups.gathers, call.largest, in_turn, k.dtype, call.windows)
+        take = _ordinary_memory if call.windows is None else partial(call.windows.take, ranks=call.ranks)
+        self.turns = _Turns(rows, k, v, groups.gathers, call.largest, in_turn, k.dtype, take)
         self.pending: dict[int, Pending] = {}
         self.start(0)
         if len(self.turns.memory) > 1:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from weft_attn.errors import Unsupported
+
 
 def own_device(on_gpu: bool) -> torch.device:
     """The device of this process of a job that `torchrun`, or torch's launcher, has started."""
@@ -28,7 +30,10 @@ def process_group(device: torch.device, *, copy_engines: bool = False) -> Iterat
 
     Args:
         device: this process's own.
-        copy_engines: ask NCCL for collectives without multiprocessors, where it has them.
+        copy_engines: ask NCCL for collectives without multiprocessors, where it has them; on a GPU.
+
+    Raises:
+        Unsupported: copy_engines of a PyTorch that cannot ask.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -36,7 +41,9 @@ def process_group(device: torch.device, *, copy_engines: bool = False) -> Iterat
     # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first collective.
     options = None
     if copy_engines:
-        nccl: Any = dist.ProcessGroupNCCL
+        nccl: Any = getattr(dist, "ProcessGroupNCCL", None)
+        if not hasattr(nccl, "NCCL_CTA_POLICY_ZERO"):
+            raise Unsupported(f"copy engines gather: expected PyTorch 2.11 or newer with NCCL, given {torch.__version__}")
         options = nccl.Options()
         options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
     dist.init_process_group(backend_of(on_gpu), device_id=device if on_gpu else None, pg_options=options)

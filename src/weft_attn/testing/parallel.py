@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -65,7 +65,8 @@ class ParallelCase:
     def parallel(self, group: Any = None) -> ContextParallel:
         """The case's ContextParallel on this rank."""
         over_nccl = dist.is_initialized() and "nccl" in dist.get_backend(group)
-        with nullcontext() if over_nccl else mock.patch.object(context_parallel, "windows_of", OrdinaryWindows):
+        ordinary = mock.patch.object(context_parallel, "windows_of", side_effect=lambda _ranks: OrdinaryWindows())
+        with nullcontext() if over_nccl else ordinary:
             return self._parallel(group)
 
     def _parallel(self, group: Any) -> ContextParallel:
@@ -121,14 +122,28 @@ _PLAIN = ParallelCase()
 class OrdinaryWindows(Windows):
     """Windows that nobody has registered, for groups without NCCL."""
 
-    def __init__(self, _ranks: Ranks | None = None) -> None:
-        super().__init__("", takes_multiprocessors=False)
+    def __init__(self) -> None:
+        super().__init__(takes_multiprocessors=False)
 
-    def _stream(self, device: torch.device) -> int:  # noqa: ARG002
-        return 0
+    def require_usable(self, device: torch.device) -> None: ...
 
-    def _register(self, n_bytes: int, device: torch.device) -> torch.Tensor:
+    def _follow(self, device: torch.device) -> None: ...
+
+    def _register(self, n_bytes: int, device: torch.device, ranks: Ranks) -> torch.Tensor:  # noqa: ARG002
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+
+def windows_of_nan() -> AbstractContextManager[Any]:
+    """Inside, what windows give holds NaN, in any dtype, as fresh memory does."""
+    take = Windows.take
+
+    def filled(*given: Any, **named: Any) -> list[torch.Tensor]:
+        found = take(*given, **named)
+        for x in found:
+            x.view(torch.uint8).fill_(0xFF)
+        return found
+
+    return mock.patch.object(Windows, "take", filled)
 
 
 def owned_rows(layout: str, length: int, rank: int, world_size: int) -> list[int]:
@@ -191,7 +206,7 @@ def run_case(case: ParallelCase, device: torch.device | str = "cpu", group: Any 
         )
         return found
 
-    with memory_of_nan(), case.grouped():
+    with memory_of_nan(), windows_of_nan(), case.grouped():
         results = evaluate(attention, Inputs(q, k, v, x.sinks, dout, dlse))
         ids = torch.arange(cu[-1], device=device)
         return RankResults(
