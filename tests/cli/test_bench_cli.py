@@ -56,6 +56,7 @@ def configs_on_the_reference(monkeypatch: pytest.MonkeyPatch):
         (("zigzag", "--world", "2", "--rank", "all"), 4),
         (("decode",), 2),
         (("packed", "--pass", "forward"), 2),
+        (("host",), 2),
         (("square", "decode", "--pass", "forward", "--deterministic"), 5),
     ],
     ids=words,

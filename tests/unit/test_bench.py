@@ -230,6 +230,27 @@ def test_the_host_clock_counts_milliseconds_of_one_call():
     assert len(calls) == 5
 
 
+def test_the_hosts_share_of_a_call_is_timed_without_the_wait_for_what_it_gave(monkeypatch: pytest.MonkeyPatch):
+    now, log = [0.0], []
+
+    def passes(seconds: float, what: str) -> None:
+        now[0] += seconds
+        log.append(what)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: passes(7.0, "wait"))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    repeats = timing.HandoverClock.AT_A_TIME + 2
+    assert timing.HandoverClock().measure(lambda: passes(0.5, "call"), repeats) == pytest.approx(500.0)
+    assert log == ["wait", *["call"] * (repeats - 2), "wait", "call", "call"]
+
+
+def test_the_host_suite_is_of_calls_and_timed_by_the_host():
+    (case,) = cases.suite_cases("host", cases.HOUSE, cases.Model())
+    assert (case.unit, case.plan.total_q, case.rate("forward", 0.05)) == (cases.CALLS, 2048, pytest.approx(20_000))
+    assert isinstance(run._clock_of(case, torch.device("cuda")), timing.HandoverClock)
+    assert isinstance(run._clock_of(replace(case, suite="packed"), torch.device("cuda")), timing.CudaClock)
+
+
 # ---- the exact answer -----------------------------------------------------------------------------------------------------
 
 

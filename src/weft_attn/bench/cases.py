@@ -21,12 +21,14 @@ from weft_attn.plan.slices import Plan
 
 IntArray = NDArray[np.int64]
 
-SUITES = ("square", "zigzag", "decode", "packed", "plan")
+SUITES = ("square", "zigzag", "decode", "packed", "host", "plan")
 PASSES = ("forward", "backward")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TFLOPS, TERABYTES = "TFLOP/s", "TB/s"
+TFLOPS, TERABYTES, CALLS = "TFLOP/s", "TB/s", "calls/s"
 
 LOG_NORMAL_SEED = 20260101
+# Of the "host" suite.
+HOST_DOCUMENTS = 8
 # 38 documents in 64K tokens: mean 1725, median 1.5K.
 MEDIAN_OVER_MEAN = 0.87
 
@@ -130,7 +132,7 @@ class Case:
     Attributes:
         plan: who attends to whom.
         layout: the same as an attention without plans has to be told.
-        unit: TFLOPS where arithmetic is the limit, TERABYTES (of K and V, read once) where memory is.
+        unit: TFLOPS where arithmetic is the limit, TERABYTES (of K and V, read once) where memory is, CALLS where the host is.
         passes: which of PASSES are measured.
         deterministic: bitwise repeatable gradients are asked of every peer.
     """
@@ -152,7 +154,9 @@ class Case:
         return hashlib.sha256(totals.tobytes() + self.plan.table.numpy().tobytes()).hexdigest()[:12]
 
     def rate(self, pass_name: str, milliseconds: float) -> float:
-        """TFLOP/s over visible pairs, or TB/s of K and V, of a pass that takes `milliseconds`."""
+        """TFLOP/s over visible pairs, TB/s of K and V, or calls/s, of a pass that takes `milliseconds`."""
+        if self.unit == CALLS:
+            return 1e3 / milliseconds
         model = self.model
         if self.unit == TERABYTES:
             amount: float = kv_bytes(self.plan, model.kv_heads, model.head_dim, model.head_dim, model.dtype_bits)
@@ -254,6 +258,8 @@ def suite_cases(
             packed_case(model, f"{documents} log-normal documents", log_normal_lengths(documents, tokens)),
             packed_case(model, f"documents of {sizes.short}", equal_lengths(sizes.short, tokens)),
         ]
+    elif suite == "host":
+        found = [host_case(model, sizes.short, chosen_tokens(seqlen, HOST_DOCUMENTS * sizes.short))]
     else:
         raise InvalidInput(f"the suite is known: expected one of {SUITES}, given {suite!r}")
     return [replace(case, passes=_chosen_passes(case, passes), deterministic=deterministic) for case in found]
@@ -285,6 +291,12 @@ def decode_case(model: Model, rows: int, keys: int) -> Case:
     """A few rows, each of which sees every key: K and V are read once, nothing else matters."""
     case = _dense_case("decode", f"{rows} x {tokens_in_words(keys)} keys", model, DenseBatch(1, rows, keys), causal=False)
     return replace(case, unit=TERABYTES, passes=("forward",))
+
+
+def host_case(model: Model, length: int, tokens: int) -> Case:
+    """Work so short that a call costs as long as the host needs to give it to the GPU."""
+    case = packed_case(model, f"documents of {length}", equal_lengths(length, tokens))
+    return replace(case, suite="host", unit=CALLS)
 
 
 def packed_case(model: Model, name: str, lengths: Sequence[int]) -> Case:

@@ -25,7 +25,7 @@ from weft_attn.bench.one_kernel import describe_choice
 from weft_attn.bench.oracle import Oracle, build_oracle, wrong_tensors
 from weft_attn.bench.peers import WEFT, Peer, Prepared
 from weft_attn.bench.records import ABSENT, OK, RED, UNCHECKED, Environment, Record, describe_case, environment_of, first_line
-from weft_attn.bench.timing import Clock, HostClock, Notify, Pace, Samples, clock_of, silent
+from weft_attn.bench.timing import Clock, HandoverClock, HostClock, Notify, Pace, Samples, clock_of, silent
 from weft_attn.errors import require
 from weft_attn.plan.build import concat_lengths
 from weft_attn.plan.slices import Plan
@@ -163,13 +163,17 @@ def run_case(
             for name, prepared in ready.items():
                 calls[name], how = _without_host_time(calls[name], len(tensors.kv))
                 ready[name] = replace(prepared, note="; ".join(part for part in (prepared.note, how) if part))
-        samples = timing.interleave(calls, clock or clock_of(device), pace)
+        samples = timing.interleave(calls, clock or _clock_of(case, device), pace)
         for name, one in samples.items():
             record = template(
                 peer=name, pass_name=pass_name, status=status, note=ready[name].note, budgets=budgets[name][pass_name]
             )
             records.append(_with_figure(record, case, tensors, one, samples.get(WEFT.name)))
     return sorted(records, key=lambda record: case.passes.index(record.pass_name))
+
+
+def _clock_of(case: Case, device: torch.device) -> Clock:
+    return HandoverClock() if case.suite == "host" and device.type == "cuda" else clock_of(device)
 
 
 def _without_host_time(call: timing.Call, copies: int) -> tuple[timing.Call, str]:
