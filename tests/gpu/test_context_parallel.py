@@ -80,3 +80,28 @@ def test_copy_engines_gather_where_the_group_asks_for_them() -> None:
     for names in run_ranks(without_multiprocessors, 2, backend="nccl", timeout=120):
         assert any("PtoP" in name for name in names), names
         assert not any("ncclDevKernel" in name or "spin" in name for name in names), names
+
+
+def larger_and_larger(rank: int, world_size: int) -> list[bool]:
+    """Whether windows, which grow from call to call and are taken by two streams, give the bits of ordinary memory."""
+    device = torch.device("cuda", rank)
+    ordinary, symmetric = weft.ContextParallel(), weft.ContextParallel(symmetric_memory=True)
+    side, equal = torch.cuda.Stream(device), []
+    for tokens, stream in ((512, None), (4096, side), (2048, None), (8192, side), (8192, None)):
+        torch.manual_seed(rank)
+        x = torch.randn(tokens, 4, 128, dtype=torch.bfloat16, device=device)
+        found = []
+        for parallel in (ordinary, symmetric):
+            with torch.cuda.stream(stream):
+                side.wait_stream(torch.cuda.default_stream(device))
+                leaf = x.clone().requires_grad_()
+                out = parallel.attention(leaf, leaf, leaf, [0, world_size * tokens], deterministic=True)
+                assert isinstance(out, torch.Tensor)
+                found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+        torch.cuda.synchronize(device)
+        equal.append(all(torch.equal(*pair) for pair in zip(*found, strict=True)))
+    return equal
+
+
+def test_windows_grow_and_serve_streams_in_turn() -> None:
+    assert run_ranks(larger_and_larger, 2, backend="nccl", timeout=120) == [[True] * 5] * 2

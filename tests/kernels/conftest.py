@@ -29,7 +29,7 @@ assert triton.knobs.runtime.interpret
 from weft_attn.kernels.call import KernelCall
 from weft_attn.launch import device as launch_device
 from weft_attn.launch.device import Device
-from weft_attn.testing.interpreter import language_patched_once
+from weft_attn.testing.interpreter import quick_interpreter
 
 HERE = Path(__file__).parent
 
@@ -78,7 +78,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter() -> Iterator[None]:
-    with language_patched_once():
+    with quick_interpreter():
         yield
 
 

@@ -6,7 +6,7 @@ import torch
 
 from weft_attn.ops import kernels_interpreted
 from weft_attn.testing.cases import Case
-from weft_attn.testing.interpreter import language_patched_once
+from weft_attn.testing.interpreter import quick_interpreter
 from weft_attn.testing.parallel import ParallelCase, RankResults, assert_ranks_match_oracle, run_case
 from weft_attn.testing.ranks import run_ranks
 
@@ -25,7 +25,7 @@ CASES = [
 
 def run_kernels(rank: int, world_size: int) -> list[RankResults]:
     assert kernels_interpreted()
-    with language_patched_once():
+    with quick_interpreter():
         return [run_case(case) for case in CASES]
 
 
