@@ -34,12 +34,14 @@ from weft_attn.bench.measured_rates import rates_of
 from weft_attn.bench.rates import ALL_GATHER, REDUCE_SCATTER
 from weft_attn.bench.records import ABSENT, OK, RED, GroupRecord
 from weft_attn.bench.workload import Workload, workloads
+from weft_attn.distributed import context_parallel as distributed_context_parallel
 from weft_attn.distributed import gathered
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.groups import Groups, Pass
 from weft_attn.errors import InvalidInput, Unsupported
 from weft_attn.ops import Backward
 from weft_attn.reference import reference_attention
+from weft_attn.testing.parallel import OrdinaryWindows
 from weft_attn.testing.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -267,13 +269,18 @@ def test_workloads_are_chosen_by_name():
 
 
 def parts_of_a_run(rank: int, world_size: int) -> dict[str | None, list[tuple[bool, str]]]:
-    """For each name of work the records' cases, and whether they are of the collectives."""
+    """For each name of work the records' cases, and whether they are of the collectives; "windows": all of it by copy engines."""
 
-    def parts(work: str | None) -> list[tuple[bool, str]]:
-        batches = context_parallel.run_group(request(work=work, check=False), CPU)
-        return sorted({(r.bytes_received is not None, r.case) for batch in batches for r in batch})
+    def parts(work: str | None, **options: bool) -> list[tuple[bool, str]]:
+        batches = context_parallel.run_group(request(work=work, check=False, **options), CPU)
+        records = [r for batch in batches for r in batch]
+        assert {r.peer for r in records if "symmetric memory" in r.note} == ({WEFT} if options else set())
+        return sorted({(r.bytes_received is not None, r.case) for r in records})
 
-    return {work: parts(work) for work in (None, context_parallel.LINKS, "long", "packings")}
+    found = {work: parts(work) for work in (None, context_parallel.LINKS, "long", "packings")}
+    with mock.patch.object(distributed_context_parallel, "windows_of", return_value=OrdinaryWindows()):
+        found["windows"] = parts(None, copy_engines=True)
+    return found
 
 
 def test_the_collectives_are_measured_alone_or_left_out():
@@ -282,15 +289,20 @@ def test_the_collectives_are_measured_alone_or_left_out():
     assert links and all(of_link for of_link, _ in links)  # noqa: PT018
     assert long and packings and not any(of_link for of_link, _ in long + packings)  # noqa: PT018
     assert found[None] == sorted(links + long + packings)
+    assert found["windows"] == sorted(long + packings)
 
 
-def links_of_one_rank(rank: int, world_size: int) -> None:
-    list(context_parallel.run_group(request(work=context_parallel.LINKS), CPU))
+def what_takes_two_ranks(rank: int, world_size: int) -> None:
+    for options, rule in (
+        (dict(work=context_parallel.LINKS), "one rank has no collectives"),
+        (dict(copy_engines=True), "one rank gathers nothing"),
+    ):
+        with pytest.raises(Unsupported, match=rule):
+            list(context_parallel.run_group(request(**options), CPU))
 
 
 def test_one_rank_has_no_collectives_to_measure():
-    with pytest.raises(Unsupported, match="one rank"):
-        run_ranks(links_of_one_rank, 1)
+    run_ranks(what_takes_two_ranks, 1)
 
 
 @pytest.mark.parametrize(("batch", "why"), [(1, "2 x ranks divides"), (2, "zigzag layout")])

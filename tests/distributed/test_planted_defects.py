@@ -227,7 +227,8 @@ def check(found: Sequence[Any]) -> None:
 
 def test_the_comparison_catches_every_defect_and_passes_without() -> None:
     """One test, because all defects run in one spawn."""
-    ranks = run_ranks(run_with_defects, WORLD_SIZE, ["none", *DEFECTS])
+    # Some thirty times three cases: longer than most where cores are shared.
+    ranks = run_ranks(run_with_defects, WORLD_SIZE, ["none", *DEFECTS], timeout=280)
     for name in ("none", *DEFECTS):
         found = [rank[name] for rank in ranks]
         # A defect that raises no longer fits the code: it is to compute something wrong.

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from weft_attn.distributed.process_group import process_group
+from weft_attn.errors import Unsupported
 
 TASKS = Path("/proc/self/task")
 pytestmark = pytest.mark.skipif(not TASKS.exists(), reason="threads are found by name where Linux lists them")
@@ -94,3 +98,13 @@ def test_a_rank_that_fails_leaves_the_group_up() -> None:
         [sys.executable, "-c", PROLOGUE + FAILS], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_copy_engines_are_refused_before_a_group_is_made_where_pytorch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.distributed, "ProcessGroupNCCL", raising=False)
+    with (
+        pytest.raises(Unsupported, match=r"expected PyTorch 2\.11 or newer with NCCL"),
+        process_group(torch.device("cuda", 0), copy_engines=True),
+    ):
+        pass
+    assert not torch.distributed.is_initialized()

@@ -191,7 +191,9 @@ def gradient_through_unshard(rank: int, world_size: int) -> bool:
 
 
 def checkpointed(rank: int, world_size: int) -> bool:
-    return all(same_where_checkpointed(replace(CASE, symmetric_memory=is_symmetric)) for is_symmetric in (False, True))
+    # All of them, whatever a rank finds: the others wait for it.
+    found = [same_where_checkpointed(replace(CASE, symmetric_memory=is_symmetric)) for is_symmetric in (False, True)]
+    return all(found)
 
 
 def same_where_checkpointed(case: ParallelCase) -> bool:
@@ -334,6 +336,12 @@ def windows_without_nccl(rank: int, world_size: int) -> bool:
     return torch.equal(attention_of(made, x), weft.varlen_attention(x, x, x, [0, 10], [0, 10], causal=True))  # type: ignore[arg-type]
 
 
+def held_everywhere(rank: int, world_size: int) -> bool:
+    ranks = Ranks.of()
+    found = [ranks.holds_everywhere(rank != odd, torch.device("cpu")) for odd in (0, 1, 2, 3)]
+    return found == [False, False, False, True]
+
+
 # ---- disagreement ---------------------------------------------------------------------------------------------------------
 
 
@@ -459,6 +467,7 @@ QUESTIONS: dict[str, Callable[[int, int], Any]] = {
         checkpointed,
         groups_of_ranks,
         windows_without_nccl,
+        held_everywhere,
         disagreements,
         gathers_of_a_kept_backward,
         evaluated_under_a_cap,
@@ -533,7 +542,8 @@ def test_memory_says_what_the_buffers_take(answers: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize(
-    "question", ["repeated", "some_gradients", "gradient_through_unshard", "checkpointed", "windows_without_nccl"]
+    "question",
+    ["repeated", "some_gradients", "gradient_through_unshard", "checkpointed", "windows_without_nccl", "held_everywhere"],
 )
 def test_on_every_rank_it_holds_that(question: str, answers: list[dict[str, Any]]) -> None:
     assert [answer[question] for answer in answers] == [True] * 3, QUESTIONS[question].__doc__

@@ -82,26 +82,50 @@ def test_copy_engines_gather_where_the_group_asks_for_them() -> None:
         assert not any("ncclDevKernel" in name or "spin" in name for name in names), names
 
 
-def larger_and_larger(rank: int, world_size: int) -> list[bool]:
-    """Whether windows, which grow from call to call and are taken by two streams, give the bits of ordinary memory."""
+def larger_and_larger(rank: int, world_size: int) -> tuple[list[bool], int]:
+    """Whether windows that grow from call to call give the bits of ordinary memory, and how many there are in the end."""
     device = torch.device("cuda", rank)
     ordinary, symmetric = weft.ContextParallel(), weft.ContextParallel(symmetric_memory=True)
-    side, equal = torch.cuda.Stream(device), []
-    for tokens, stream in ((512, None), (4096, side), (2048, None), (8192, side), (8192, None)):
-        torch.manual_seed(rank)
-        x = torch.randn(tokens, 4, 128, dtype=torch.bfloat16, device=device)
+    equal = []
+    for tokens in (512, 4096, 2048, 8192):
+        leaf = torch.randn(tokens, 4, 128, dtype=torch.bfloat16, device=device).requires_grad_()
         found = []
         for parallel in (ordinary, symmetric):
-            with torch.cuda.stream(stream):
-                side.wait_stream(torch.cuda.default_stream(device))
-                leaf = x.clone().requires_grad_()
-                out = parallel.attention(leaf, leaf, leaf, [0, world_size * tokens], deterministic=True)
-                assert isinstance(out, torch.Tensor)
-                found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
-        torch.cuda.synchronize(device)
+            out = attention(parallel, leaf)
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
         equal.append(all(torch.equal(*pair) for pair in zip(*found, strict=True)))
-    return equal
+    assert symmetric._windows is not None
+    return equal, len(symmetric._windows._windows[device])
 
 
-def test_windows_grow_and_serve_streams_in_turn() -> None:
-    assert run_ranks(larger_and_larger, 2, backend="nccl", timeout=120) == [[True] * 5] * 2
+def taken_by_two_streams(rank: int, world_size: int) -> list[bool]:
+    """Whether two calls, one behind the other and on two streams, give the bits of ordinary memory: they take the same window."""
+    device = torch.device("cuda", rank)
+    ordinary, symmetric = weft.ContextParallel(), weft.ContextParallel(symmetric_memory=True)
+    xs = [torch.randn(16384, 4, 128, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    with torch.no_grad():
+        expected = [attention(ordinary, x) for x in xs]
+        # A window that is large enough from here on: making one waits for everything.
+        attention(symmetric, xs[0])
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            first = attention(symmetric, xs[0])
+        second = attention(symmetric, xs[1])
+        torch.cuda.synchronize(device)
+    return [torch.equal(*pair) for pair in zip(expected, (first, second), strict=True)]
+
+
+def attention(parallel: weft.ContextParallel, x: torch.Tensor) -> torch.Tensor:
+    out = parallel.attention(x, x, x, [0, parallel.world_size * len(x)], deterministic=True)
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def test_windows_grow() -> None:
+    # The third call fits the second one's, the fourth needs one more.
+    assert run_ranks(larger_and_larger, 2, backend="nccl", timeout=120) == [([True] * 4, 3)] * 2
+
+
+def test_streams_take_a_window_one_after_the_other() -> None:
+    assert run_ranks(taken_by_two_streams, 2, backend="nccl", timeout=120) == [[True, True]] * 2

@@ -17,7 +17,7 @@ from weft_attn.distributed import context_parallel, symmetric
 from weft_attn.distributed.collectives import Ranks
 from weft_attn.distributed.symmetric import ALIGNMENT, Windows, takes_multiprocessors, windows_of
 from weft_attn.errors import Unsupported
-from weft_attn.testing.parallel import OrdinaryWindows
+from weft_attn.testing.parallel import OrdinaryWindows, windows_of_nan
 
 CPU = torch.device("cpu")
 RANKS = Ranks(None, 0, 1)
@@ -61,7 +61,7 @@ class Stream:
 
 def test_a_stream_waits_for_the_one_that_took_the_window_before(monkeypatch: pytest.MonkeyPatch) -> None:
     windows, one, other = OrdinaryWindows(), Stream(), Stream()
-    monkeypatch.setattr(windows, "_follow", lambda device: Windows._follow(windows, device))
+    monkeypatch.setattr(windows, "_succeed", lambda device: Windows._succeed(windows, device))
     taken = []
     for stream in (one, one, other, one):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _device, stream=stream: stream)
@@ -79,19 +79,46 @@ def test_a_copy_shares_the_windows() -> None:
     ("device", "captured", "rule"),
     [("cpu", False, r"a GPU's: expected CUDA tensors, given 'cpu'"), ("cuda", True, r"expected no CUDA graph, given one")],
 )
-def test_what_no_window_serves_is_refused(device: str, captured: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_window_serves_gets_none(device: str, captured: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     with pytest.raises(Unsupported, match=rule):
-        Windows(takes_multiprocessors=True).require_usable(torch.device(device))
+        Windows(takes_multiprocessors=True).take([1], torch.float16, torch.device(device), RANKS)
 
 
-def test_a_call_is_refused_before_its_first_collective(monkeypatch: pytest.MonkeyPatch) -> None:
-    parallel = weft.ContextParallel()
-    parallel._windows = Windows(takes_multiprocessors=True)
+@pytest.mark.parametrize(("captured", "rule"), [(False, "expected CUDA tensors"), (True, "expected no CUDA graph")])
+def test_a_call_is_refused_before_its_first_collective(captured: bool, rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel = weft.ContextParallel(debug=captured)
+    parallel._ranks, parallel._windows = Ranks(Group(), 0, 2), Windows(takes_multiprocessors=True)
     monkeypatch.setattr(context_parallel, "gathered_attention", lambda *_: pytest.fail("gathered"))
-    x = torch.zeros(4, 1, 16)
-    with pytest.raises(Unsupported, match="expected CUDA tensors"):
+    monkeypatch.setattr(context_parallel, "require_agreement", lambda *_: pytest.fail("compared"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
+    x = torch.zeros(2, 1, 16)
+    with pytest.raises(Unsupported, match=rule):
         parallel.attention(x, x, x, [0, 4])
+
+
+def test_what_a_failed_call_left_under_way_is_waited_for_before_a_window_is_taken_again() -> None:
+    class Work:
+        waited = 0
+
+        def wait(self) -> None:
+            self.waited += 1
+
+    windows, left = OrdinaryWindows(), [Work(), Work()]
+    windows.under_way += left
+    windows.take([1], torch.float16, CPU, RANKS)
+    windows.take([1], torch.float16, CPU, RANKS)
+    assert [work.waited for work in left] == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_windows_of_tests_hold_nan_each_time(dtype: torch.dtype) -> None:
+    with windows_of_nan():
+        windows = OrdinaryWindows()
+        for _ in range(2):
+            found = windows.take([5, 7], dtype, CPU, RANKS)
+            assert all(x.isnan().all() for x in found)
+            found[0].zero_()
 
 
 def test_tensors_of_a_window_made_in_inference_mode_may_be_saved() -> None:
@@ -133,16 +160,16 @@ def torchs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise RuntimeError("out of memory")
         return torch.empty(n_bytes, dtype=torch.uint8)
 
-    def all_can(_ranks: Ranks, can: bool, _device: torch.device) -> bool:
-        state.log.append(f"meet: {can}")
-        return can and state.others_can
+    def holds_everywhere(_ranks: Ranks, holds: bool, _device: torch.device) -> bool:
+        state.log.append(f"meet: {holds}")
+        return holds and state.others_can
 
     monkeypatch.setattr(theirs, "get_backend", lambda _device: state.backend)
     monkeypatch.setattr(theirs, "set_backend", choose)
     monkeypatch.setattr(theirs, "empty", empty)
     monkeypatch.setattr(theirs, "rendezvous", lambda window, group: state.log.append(f"register {len(window)} of {group}"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: state.log.append("give back"))
-    monkeypatch.setattr(Ranks, "all_can", all_can)
+    monkeypatch.setattr(Ranks, "holds_everywhere", holds_everywhere)
     monkeypatch.setattr(symmetric.dist, "get_backend_config", lambda _group: state.config)
     monkeypatch.setattr(symmetric, "takes_multiprocessors", lambda _group: True)
     return state
@@ -188,7 +215,7 @@ def test_no_rank_registers_where_one_has_no_room(
     room: list[bool], others_can: bool, told: str, torchs: SimpleNamespace
 ) -> None:
     torchs.backend, torchs.room, torchs.others_can = "NCCL", room, others_can
-    with pytest.raises(RuntimeError, match=f"symmetric memory of 1,024 bytes on every rank, given {told}"):
+    with pytest.raises(RuntimeError, match=f"symmetric memory: expected 1,024 bytes on every rank, given {told}"):
         Windows(takes_multiprocessors=True)._register(1024, CPU, Ranks(Group(), 0, 2))
     assert torchs.log[-1].startswith("meet")
 

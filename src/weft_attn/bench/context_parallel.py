@@ -124,7 +124,7 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
     """The records of the collectives, then of one workload after the other, as far as they are asked for; collective.
 
     Raises:
-        Unsupported: the collectives alone, of one rank.
+        Unsupported: the collectives alone, or copy engines, of one rank.
     """
     environment = environment_of(device)
     parallel = weft.ContextParallel(
@@ -140,6 +140,8 @@ def run_group(request: Request, device: torch.device, notify: Notify = silent) -
     )
     if parallel.world_size == 1 and request.work == LINKS:
         raise Unsupported("one rank has no collectives: expected two ranks or more with --work links, given one")
+    if parallel.world_size == 1 and request.copy_engines:
+        raise Unsupported("one rank gathers nothing: expected two ranks or more with --copy-engines, given one")
     # They use ordinary memory.
     if parallel.world_size > 1 and request.work in (None, LINKS) and not request.copy_engines:
         notify("collectives alone")

@@ -44,7 +44,7 @@ class Record:
         status: OK, UNCHECKED, RED or ABSENT; only the first two carry a figure.
         note: why a peer is absent, what failed, what a peer's work includes.
         milliseconds: median time of a call; quartiles: its spread over the rounds.
-        rate, unit: TFLOP/s over visible pairs (backward: 2.5 forwards), TB/s of K and V, or None.
+        rate, unit: TFLOP/s over visible pairs (backward: 2.5 forwards), TB/s of K and V, calls/s where the host's time is measured, or None.
         ratio_to_weft: speed as a share of Weft's in the same rounds: 1.1 is 10% faster than Weft.
         budgets: error against float64 and its bound, by tensor, over the sampled rows and keys.
         config: launch config and where it was chosen.

@@ -109,11 +109,17 @@ class Ranks:
         """Let no rank go on before all are here: on a GPU what its current stream is given next waits, not the host."""
         dist.all_reduce(torch.zeros(1, device=device), group=self.group)
 
-    def all_can(self, can: bool, device: torch.device) -> bool:
-        """Whether every rank can; collective, on this device, and the host waits."""
-        unable = torch.full((1,), int(not can), dtype=torch.int32, device=device)
-        dist.all_reduce(unable, group=self.group)
-        return unable.item() == 0
+    def holds_everywhere(self, holds: bool, device: torch.device) -> bool:
+        """Whether something holds on every rank; collective, on this device, and the host waits."""
+        failing = torch.full((1,), int(not holds), dtype=torch.int32, device=device)
+        dist.all_reduce(failing, group=self.group)
+        return failing.item() == 0
+
+    def register(self, window: torch.Tensor) -> None:
+        """Register symmetric memory with the group's communicator; collective, and the host waits for all ranks without a limit."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        symmetric.rendezvous(window, group=self.group.group_name)
 
     def own_rows(self, buffer: torch.Tensor) -> torch.Tensor:
         """This rank's part of a buffer (W * rows, ...) that holds the same number of rows of every rank."""

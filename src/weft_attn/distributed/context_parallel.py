@@ -64,8 +64,9 @@ class ContextParallel:
         symmetric_memory: gather into memory that is registered with the group's NCCL communicator, so that the copy engines of GPUs
             that NVLink connects gather, and no multiprocessors, where the group was made with `ProcessGroupNCCL.Options` whose
             `config.cta_policy` is `NCCL_CTA_POLICY_ZERO`. PyTorch calls that interface alpha, and takes it from NCCL for the whole
-            process then. The memory is NCCL's, not of PyTorch's allocator, and held as long as the group: what `Memory.gathered` says,
-            up to four times that where batches grow. Not with keep_gathered, nor in a CUDA graph. Equal on all ranks.
+            process then. The memory is NCCL's, not of PyTorch's allocator, and held as long as the group: what the largest call gathers, up
+            to four times that where batches grow, so at most four times max_gather_bytes. Not with keep_gathered, nor in a CUDA graph.
+            Equal on all ranks.
 
     Attributes:
         rank, world_size: of this process in the group.
@@ -286,6 +287,9 @@ class ContextParallel:
         ranks and topology). Saves q, k, v, out and lse; `memory` says what is gathered. Under torch.compile it runs outside the graph.
         """
 
+        # First: debug mode's collective would break the capture.
+        if self._windows is not None:
+            self._windows.require_no_capture()
         active = current_batch()
         if active is not None:
             active.attended += 1
@@ -299,7 +303,7 @@ class ContextParallel:
             refuse_tangents(q, k, v, sinks)
             checks.flag(return_lse, "return_lse")
             if self._windows is not None:
-                self._windows.require_usable(q.device)
+                self._windows.require_gpu(q.device)
             batch = self._batch(cu_seqlens)
             checks.totals(q, k, batch.local, batch.local, "this rank's part of cu_seqlens")
             trains = any(needed())

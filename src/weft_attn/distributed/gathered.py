@@ -149,6 +149,8 @@ class _Gather:
         take = _ordinary_memory if call.windows is None else partial(call.windows.take, ranks=call.ranks)
         self.turns = _Turns(rows, k, v, groups.gathers, call.largest, in_turn, k.dtype, take)
         self.pending: dict[int, Pending] = {}
+        # Memory of this call alone is kept by what is under way; a window is taken again by the next call.
+        self.under_way = [] if call.windows is None else call.windows.under_way
         self.start(0)
         if len(self.turns.memory) > 1:
             self._let_start()
@@ -163,6 +165,7 @@ class _Gather:
             for place, x in zip(own, (self.k, self.v), strict=True):
                 copy_rows(place[: len(x)], x[:, self.groups.gathers[at]])
             self.pending[at] = self.call.ranks.all_gather(buffer)
+            self.under_way.append(self.pending[at])
 
     def wait(self, group: int) -> None:
         """Until a group's keys and values are there; starts the gather whose turn it is to have the buffer of the group before.
@@ -173,7 +176,9 @@ class _Gather:
             self.start(group - 1 + len(self.turns.memory))
         at = self.groups.gather_of(group)
         if at in self.pending:
-            self.pending.pop(at).wait()
+            pending = self.pending.pop(at)
+            pending.wait()
+            self.under_way.remove(pending)
             if self.pending and at == 0:
                 self._let_start()
 

@@ -36,16 +36,17 @@ def process_group(device: torch.device, *, copy_engines: bool = False) -> Iterat
         Unsupported: copy_engines of a PyTorch that cannot ask.
     """
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first collective.
     options = None
     if copy_engines:
+        # Builds without GPUs do not have it.
         nccl: Any = getattr(dist, "ProcessGroupNCCL", None)
         if not hasattr(nccl, "NCCL_CTA_POLICY_ZERO"):
             raise Unsupported(f"copy engines gather: expected PyTorch 2.11 or newer with NCCL, given {torch.__version__}")
         options = nccl.Options()
         options.config.cta_policy = nccl.NCCL_CTA_POLICY_ZERO
+    if on_gpu:
+        torch.cuda.set_device(device)
+    # With its device, a group of GPUs connects here, where a rank that cannot says so, not in the first collective.
     dist.init_process_group(backend_of(on_gpu), device_id=device if on_gpu else None, pg_options=options)
     yield
     # Not where a rank fails: it would wait for the others, or make them fail too and hide the one that failed first.

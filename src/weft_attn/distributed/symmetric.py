@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from weft_attn.distributed.collectives import Ranks
+from weft_attn.distributed.collectives import Pending, Ranks
 from weft_attn.errors import Unsupported
 
 # Where a tensor begins in a window, in bytes: more than any access asks for.
@@ -29,10 +29,12 @@ class Windows:
 
     Attributes:
         takes_multiprocessors: whether gathers run on multiprocessors, as far as the group's options say.
+        under_way: gathers into windows that nobody has waited for.
     """
 
     def __init__(self, takes_multiprocessors: bool) -> None:
         self.takes_multiprocessors = takes_multiprocessors
+        self.under_way: list[Pending] = []
         self._windows: dict[torch.device, list[torch.Tensor]] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -40,14 +42,17 @@ class Windows:
         """The same: a window belongs to the group."""
         return self
 
-    def require_usable(self, device: torch.device) -> None:
-        """Refuse what cannot be gathered into a window.
-
-        Raises:
-            Unsupported: tensors that are on no GPU; a CUDA graph is being captured.
-        """
+    def require_gpu(self, device: torch.device) -> None:
+        """Raises: Unsupported: tensors that are on no GPU."""
         if device.type != "cuda":
             raise Unsupported(f"symmetric memory is a GPU's: expected CUDA tensors, given {device.type!r}")
+
+    def require_no_capture(self) -> None:
+        """A window may grow in any call, which a CUDA graph cannot.
+
+        Raises:
+            Unsupported: one is being captured.
+        """
         if torch.cuda.is_current_stream_capturing():
             raise Unsupported(
                 "gathers into symmetric memory are not captured: expected no CUDA graph, given one being captured"
@@ -59,10 +64,11 @@ class Windows:
         Collective where the window is too small, or the first: every rank asks for the same sizes in the same order.
 
         Raises:
-            Unsupported: as `require_usable`.
+            Unsupported: as `require_gpu` and `require_no_capture`.
             RuntimeError: a rank has no room for the window; on all of them.
         """
-        self.require_usable(device)
+        self.require_gpu(device)
+        self.require_no_capture()
         starts, end = [], 0
         for count in counts:
             starts.append(end)
@@ -72,12 +78,15 @@ class Windows:
         with torch.inference_mode(False):
             if not held or len(held[-1]) < end:
                 held.append(self._register(max(end, 2 * len(held[-1]) if held else ALIGNMENT), device, ranks))
-            self._follow(device)
+            # Those of a call that failed: they would be written over what the next one puts there.
+            while self.under_way:
+                self.under_way.pop().wait()
+            self._succeed(device)
             sizes = (count * dtype.itemsize for count in counts)
             return [held[-1][start : start + size].view(dtype) for start, size in zip(starts, sizes, strict=True)]
 
-    def _follow(self, device: torch.device) -> None:
-        """Where another stream took the window last, this one waits for what that has been given: it may read what lies there."""
+    def _succeed(self, device: torch.device) -> None:
+        """Where another stream had the window last, the current one waits for the kernels that it was given, which may still read there."""
         stream = torch.cuda.current_stream(device)
         last = self._streams.get(device, stream)
         if last != stream:
@@ -85,8 +94,6 @@ class Windows:
         self._streams[device] = stream
 
     def _register(self, n_bytes: int, device: torch.device, ranks: Ranks) -> torch.Tensor:
-        import torch.distributed._symmetric_memory as symmetric
-
         window, failure = None, None
         try:
             require_backend()
@@ -95,11 +102,11 @@ class Windows:
             failure = error
         # A rank that waits for others in the registration waits on the host, without a limit: none begins it unless all can. And nothing can be
         # registered as the first collective of a group (pytorch/pytorch#188567).
-        all_can = ranks.all_can(window is not None, device)
-        if window is None or not all_can:
+        is_everywhere = ranks.holds_everywhere(window is not None, device)
+        if window is None or not is_everywhere:
             lacking = "none on another rank" if failure is None else f"none on this one: {failure}"
-            raise RuntimeError(f"symmetric memory of {n_bytes:,} bytes on every rank, given {lacking}") from failure
-        symmetric.rendezvous(window, group=ranks.group.group_name)
+            raise RuntimeError(f"symmetric memory: expected {n_bytes:,} bytes on every rank, given {lacking}") from failure
+        ranks.register(window)
         return window
 
 
