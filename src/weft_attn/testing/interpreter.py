@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Inside, the interpreter computes the same in two thirds of the time."""
+    """Inside, the interpreter computes the same, sooner."""
     with ExitStack() as stack:
         stack.enter_context(_language_patched_once())
         stack.enter_context(_overflow_sought_where_it_is_told())
