@@ -199,12 +199,11 @@ def check_holds(caps_scores: bool, compiled: Compiled) -> None:
 
 
 def check_waits(config: HopperForwardConfig, assembly: str) -> None:
-    """Programs in pairs wait for tiles warp by warp: where three consumers are in turn, warps do not meet from a wait to its product."""
+    """Of programs in pairs, three consumers wait for tiles warp by warp, and warps do not meet from a wait to its product; two as Gluon waits."""
     waits = re.findall(r"again: mbarrier\.try_wait((?:(?!again: mbarrier\.try_wait).)*?)wgmma\.mma_async", assembly, re.DOTALL)
     # Of each consumer: for keys and for values, in an item's first tile and its last, in edge and in interior tiles.
-    assert len(waits) == 6 * config.consumers
-    if config.consumers == 3:
-        assert not any("bar.sync" in text for text in waits)
+    assert len(waits) == (6 * 3 if config.consumers == 3 else 0)
+    assert not any("bar.sync" in text for text in waits)
 
 
 def check_votes(config: HopperForwardConfig, text: str) -> None:

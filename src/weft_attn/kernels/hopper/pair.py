@@ -57,10 +57,7 @@ def _fetch_for_both(PARAMETER: gl.constexpr, column, row, address, barrier):
 
 @gluon.jit
 def _await(barrier, phase):
-    """Each warp waits until the mbarrier at this address of its program has completed this phase.
-
-    Gluon's wait lets the warps of a group meet before it, which those that multiply together need not (docs/adr/0037).
-    """
+    """Each warp waits until the mbarrier at this address of its program has completed this phase; Gluon's wait lets its warp group meet before."""
     ptx.run(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again; }",
         "rr",
@@ -218,6 +215,7 @@ class SharedRing:
         tiles: (STAGES, rows, columns).
         tiles_at: address of the first.
         PARAMETER: PTX's name of the tensor's descriptor, of boxes of half a tile.
+        MEETS: a consumer's warps meet before they wait. Two consumers are faster so, three where each warp waits by itself (docs/adr/0037).
     """
 
     pair: Pair
@@ -226,13 +224,15 @@ class SharedRing:
     FIRST: gl.constexpr
     STAGES: gl.constexpr
     PARAMETER: gl.constexpr
+    MEETS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, pair, tiles, tiles_at, FIRST, STAGES, PARAMETER):
+    def __init__(self, pair, tiles, tiles_at, FIRST, STAGES, PARAMETER, MEETS):
         self.pair, self.tiles, self.tiles_at = pair, tiles, tiles_at
         self.FIRST = gl.constexpr(FIRST)
         self.STAGES = gl.constexpr(STAGES)
         self.PARAMETER = gl.constexpr(PARAMETER)
+        self.MEETS = gl.constexpr(MEETS)
 
     @gluon.jit
     def load(self, step, desc, row, column):
@@ -260,7 +260,10 @@ class SharedRing:
     def wait(self, step):
         """Consumer: the tile, once both halves are there."""
         slot = step % self.STAGES
-        _await(self.pair.address(self.FIRST + slot), (step // self.STAGES) & 1)
+        if self.MEETS:
+            mbarrier.wait(self.pair.words.index(self.FIRST + slot), (step // self.STAGES) & 1)
+        else:
+            _await(self.pair.address(self.FIRST + slot), (step // self.STAGES) & 1)
         return self.tiles.index(slot)
 
     @gluon.jit
@@ -287,7 +290,7 @@ def make_shared_ring(desc, pair, PARAMETER: gl.constexpr, FIRST: gl.constexpr, S
     for slot in gl.static_range(STAGES):
         mbarrier.init(pair.words.index(FIRST + slot), count=1)
         mbarrier.init(pair.words.index(FIRST + STAGES + slot), count=PROGRAMS * WARPS * CONSUMERS)
-    return SharedRing(pair, tiles, tiles_at, FIRST, STAGES, PARAMETER)
+    return SharedRing(pair, tiles, tiles_at, FIRST, STAGES, PARAMETER, CONSUMERS < 3)
 
 
 @gluon.constexpr_function
