@@ -172,12 +172,16 @@ def plan_attention(
         >>> weft.plan_attention(q, kv, kv, plan).shape
         torch.Size([8, 4, 16])
     """
-    checks.qkv(q, k, v, packed=True)
-    if not isinstance(plan, Plan):
-        refuse("plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
-    checks.totals(q, k, plan.total_q, plan.total_k, "the plan")
+    warm = ops.warm_of(q, k, v, plan)
+    if warm is None:
+        checks.qkv(q, k, v, packed=True)
+        if not isinstance(plan, Plan):
+            refuse("plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
+        checks.totals(q, k, plan.total_q, plan.total_k, "the plan")
     checks.flag(return_lse, "return_lse")
-    out, lse = _call(q, k, v, plan, (1, False, None, None), softmax_scale, softcap, sinks, deterministic)
+    out, lse = _call(q, k, v, plan, (1, False, None, None), softmax_scale, softcap, sinks, deterministic, warm)
+    if warm is None:
+        ops.remember(q, k, v, plan)
     return (out, lse) if return_lse else out
 
 
@@ -191,8 +195,16 @@ def _call(
     softcap: float,
     sinks: torch.Tensor | None,
     deterministic: bool,
+    warm: ops.Warm | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     checks.sink_logits(sinks, q)
+    scalars = (
+        checks.scale(softmax_scale, q.shape[2]),
+        checks.number(softcap, "softcap"),
+        checks.flag(deterministic, "deterministic"),
+    )
+    if warm is not None and plan is not None and sinks is None:
+        return ops.warm_attention(warm, q, k, v, plan, *scalars)
     return ops.attention_forward(
         q,
         k,
@@ -201,7 +213,5 @@ def _call(
         None if sinks is None else sinks.to(torch.float32),
         None if plan is None else plan.table,
         *dense,
-        checks.scale(softmax_scale, q.shape[2]),
-        checks.number(softcap, "softcap"),
-        checks.flag(deterministic, "deterministic"),
+        *scalars,
     )

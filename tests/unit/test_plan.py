@@ -211,13 +211,14 @@ def test_a_pickled_plan_is_as_good_as_the_first(name: str, tmp_path: Path) -> No
     # What is kept with a plan is not part of it.
     plan._recipes["a pass"] = lambda: None
     plan._streams["a cut"] = lambda: None
+    plan._warm["a layout"] = lambda: None
     torch.save(plan, tmp_path / "plan.pt")
     for found in (pickle.loads(pickle.dumps(plan)), torch.load(tmp_path / "plan.pt", weights_only=False)):
         assert found == plan
         assert hash(found) == hash(plan)
         assert torch.equal(found.table, plan.table)
         assert found.slices == plan.slices
-        assert (found._recipes, found._streams) == ({}, {})
+        assert (found._recipes, found._streams, found._warm) == ({}, {}, {})
         # An operator finds it by its table.
         assert live_plans[found.table.data_ptr()] is found
 

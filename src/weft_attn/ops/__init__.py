@@ -11,10 +11,12 @@ from weft_attn.ops.execute import (
     problem_of,
     runs_reference,
 )
-from weft_attn.ops.operators import attention_forward
+from weft_attn.ops.operators import attention_forward, warm_attention
+from weft_attn.ops.warm import Warm, remember, warm_of
 
 __all__ = [
     "Backward",
+    "Warm",
     "attention_forward",
     "attention_into",
     "backward_problem",
@@ -23,5 +25,8 @@ __all__ = [
     "kernels_interpreted",
     "prepare_forward",
     "problem_of",
+    "remember",
     "runs_reference",
+    "warm_attention",
+    "warm_of",
 ]

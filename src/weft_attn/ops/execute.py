@@ -29,7 +29,7 @@ from weft_attn.launch.select import (
     select_in_turn,
 )
 from weft_attn.launch.splits import ForwardCut, cut_forward, heads_per_wave, last_heads
-from weft_attn.ops.recipes import Counter, Recipe, Scratch, Step, Tensors, begin_recipe
+from weft_attn.ops.recipes import Counter, Recipe, Run, Scratch, Step, Tensors, begin_recipe
 from weft_attn.plan.in_step import Grid
 from weft_attn.plan.slices import Plan
 from weft_attn.plan.stream import DeviceStream, Tiling, device_stream
@@ -170,12 +170,17 @@ def attention_into(
     tensors: Tensors = dict(
         q=_contiguous_rows(q), k=_contiguous_rows(k), v=_contiguous_rows(v), sinks=sinks, out=out, lse=lse
     )  # fmt: skip
+    run = begin_forward(tensors, plan, softmax_scale, softcap, q.device)
+    run.launch(run.recipe.steps)
+
+
+def begin_forward(tensors: Tensors, plan: Plan, softmax_scale: float, softcap: float, device: torch.device) -> Run:
+    """A forward on kernels that has begun, of q, k, v, sinks, out and lse with contiguous last dimensions."""
 
     def make() -> Recipe:
         return _forward_recipe(plan, tensors, softmax_scale, softcap)
 
-    run = begin_recipe(plan, ("forward", softmax_scale, softcap), tensors, q.device, make)
-    run.launch(run.recipe.steps)
+    return begin_recipe(plan, ("forward", softmax_scale, softcap), tensors, device, make)
 
 
 def _forward_recipe(plan: Plan, tensors: Any, softmax_scale: float, softcap: float) -> Recipe:

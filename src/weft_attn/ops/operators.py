@@ -18,6 +18,7 @@ import torch
 from weft_attn.errors import Unsupported
 from weft_attn.ops.execute import attention_into, begin_backward
 from weft_attn.ops.plain import is_plain, refuse_tangents, wants_gradient
+from weft_attn.ops.warm import Warm
 from weft_attn.plan.slices import Plan, live_plans
 
 _library = torch.library.Library("weft", "DEF")
@@ -214,3 +215,39 @@ def attention_forward(
         return found
     run = _Attention.apply if wants_gradient(q, k, v, sinks) else _forward_op
     return run(q, k, v, sinks, *mask_and_scalars)
+
+
+class _WarmAttention(torch.autograd.Function):
+    """The same of a call that is remembered."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *inputs, warm, plan = given
+        output: tuple[torch.Tensor, torch.Tensor] = warm.forward(*inputs[:3], plan, *inputs[-3:-1])
+        _setup_context(ctx, tuple(inputs), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        return (*_backward(ctx, *grads), None, None)
+
+
+def warm_attention(
+    warm: Warm,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `attention_forward` without sinks, of tensors that `warm` was found for just now."""
+    if wants_gradient(q, k, v):
+        apply: Any = _WarmAttention.apply
+        mask = plan.table, 1, False, None, None
+        found: tuple[torch.Tensor, torch.Tensor] = apply(
+            q, k, v, None, *mask, softmax_scale, softcap, deterministic, warm, plan
+        )
+        return found
+    return warm.forward(q, k, v, plan, softmax_scale, softcap)

@@ -56,15 +56,15 @@ class Counter:
     def __init__(self) -> None:
         self._of_stream: dict[int, torch.Tensor] = {}
 
-    def on(self, device: torch.device, stream: int) -> torch.Tensor:
-        """The counter for a launch on the current stream, whose handle is given."""
-        from weft_attn.kernels.hopper.schedule import COUNTER_SIZE
-
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
-        found = self._of_stream.get(stream)
+    def on(self, device: torch.device, stream: int, captures: bool) -> torch.Tensor:
+        """The counter for a launch on the current stream, whose handle is given, and whether a graph is captured on it."""
+        found = None if captures else self._of_stream.get(stream)
         if found is None:
-            found = self._of_stream[stream] = torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
+            from weft_attn.kernels.hopper.schedule import COUNTER_SIZE
+
+            found = torch.zeros(COUNTER_SIZE, dtype=torch.int32, device=device)
+            if not captures:
+                self._of_stream[stream] = found
         return found
 
 
@@ -102,7 +102,7 @@ class Recipe:
             addresses: where each of them lies.
             device: theirs.
         """
-        stream = 0
+        stream, captures = 0, False
         if device.type == "cuda":
             # Kernels are launched on the current device: make it the tensors' own.
             if device.index != torch.cuda.current_device():
@@ -113,13 +113,14 @@ class Recipe:
             stream = current_stream(device)
             for table in self.streams:
                 table.join(stream)
-            if torch.cuda.is_current_stream_capturing():
+            captures = torch.cuda.is_current_stream_capturing()
+            if captures:
                 _of_graphs[id(self.streams)] = self.streams
         for name, (shape, dtype) in self.scratch.items():
             tensors[name] = scratch = torch.empty(shape, dtype=dtype, device=device)
             addresses[name] = scratch.data_ptr()
         if self.counter is not None:
-            tensors["counter"] = counter = self.counter.on(device, stream)
+            tensors["counter"] = counter = self.counter.on(device, stream, captures)
             addresses["counter"] = counter.data_ptr()
         run = Run(self, tensors, addresses, device, stream)
         for step in self.before:

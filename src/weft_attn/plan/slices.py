@@ -240,6 +240,8 @@ class Plan:
         self._streams: dict[Any, Any] = {}
         # Filled by ops/recipes.py: what a pass over this plan launches, by how its tensors lie in memory.
         self._recipes: dict[Any, Any] = {}
+        # Filled by ops/warm.py: layouts of tensors that have been checked against this plan.
+        self._warm: dict[Any, Any] = {}
         live_plans[self.table.data_ptr()] = self
 
     def __copy__(self) -> Plan:
