@@ -126,17 +126,9 @@ def varlen_attention(
     checks.qkv(q, k, v, packed=True)
     plan = Plan.from_cu_seqlens(cu_seqlens_q, cu_seqlens_k, causal=checks.flag(causal, "causal"), window=window)
     checks.totals(q, k, plan.total_q, plan.total_k, "cu_seqlens")
-    return plan_attention(
-        q,
-        k,
-        v,
-        plan,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        sinks=sinks,
-        deterministic=deterministic,
-        return_lse=return_lse,
-    )
+    checks.flag(return_lse, "return_lse")
+    out, lse = _call(q, k, v, plan, ops.NOT_DENSE, softmax_scale, softcap, sinks, deterministic)
+    return (out, lse) if return_lse else out
 
 
 def plan_attention(
@@ -179,7 +171,7 @@ def plan_attention(
             refuse("plan is a Plan", expected="weft_attn.Plan", given=type(plan).__name__)
         checks.totals(q, k, plan.total_q, plan.total_k, "the plan")
     checks.flag(return_lse, "return_lse")
-    out, lse = _call(q, k, v, plan, (1, False, None, None), softmax_scale, softcap, sinks, deterministic, warm)
+    out, lse = _call(q, k, v, plan, ops.NOT_DENSE, softmax_scale, softcap, sinks, deterministic, warm)
     if warm is None:
         ops.remember(q, k, v, plan)
     return (out, lse) if return_lse else out

@@ -11,10 +11,11 @@ from weft_attn.ops.execute import (
     problem_of,
     runs_reference,
 )
-from weft_attn.ops.operators import attention_forward, warm_attention
+from weft_attn.ops.operators import NOT_DENSE, attention_forward, warm_attention
 from weft_attn.ops.warm import Warm, remember, warm_of
 
 __all__ = [
+    "NOT_DENSE",
     "Backward",
     "Warm",
     "attention_forward",

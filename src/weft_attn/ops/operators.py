@@ -21,6 +21,9 @@ from weft_attn.ops.plain import is_plain, refuse_tangents, wants_gradient
 from weft_attn.ops.warm import Warm
 from weft_attn.plan.slices import Plan, live_plans
 
+# Batch, causal and window where the mask is a plan's.
+NOT_DENSE = (1, False, None, None)
+
 _library = torch.library.Library("weft", "DEF")
 _MASK = "Tensor? slices, SymInt batch, bool causal, SymInt? window_left, SymInt? window_right"
 _library.define(
@@ -245,9 +248,7 @@ def warm_attention(
     """As `attention_forward` without sinks, of tensors that `warm` was found for just now."""
     if wants_gradient(q, k, v):
         apply: Any = _WarmAttention.apply
-        mask = plan.table, 1, False, None, None
-        found: tuple[torch.Tensor, torch.Tensor] = apply(
-            q, k, v, None, *mask, softmax_scale, softcap, deterministic, warm, plan
-        )
+        mask_and_scalars = plan.table, *NOT_DENSE, softmax_scale, softcap, deterministic
+        found: tuple[torch.Tensor, torch.Tensor] = apply(q, k, v, None, *mask_and_scalars, warm, plan)
         return found
     return warm.forward(q, k, v, plan, softmax_scale, softcap)
