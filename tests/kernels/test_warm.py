@@ -16,7 +16,7 @@ from weft_attn.testing.compare import Results, assert_matches_oracle, evaluate
 TILES = [
     kind(block_q=32, block_k=32, num_warps=4, num_stages=1) for kind in (ForwardConfig, BackwardDkdvConfig, BackwardDqConfig)
 ]
-CASE = Case(plan="packed", size=12, heads=4, kv_heads=2, head_dim=24, head_dim_v=40)
+CASE = Case(plan="packed", size=12, heads=4, kv_heads=2, head_dim=24, head_dim_v=40, softcap=5.0)
 
 
 def test_warm_calls_give_the_bits_of_the_first() -> None:
@@ -24,14 +24,14 @@ def test_warm_calls_give_the_bits_of_the_first() -> None:
     x = make_inputs(CASE, plan)
 
     def run() -> Results:
-        return evaluate(lambda q, k, v, _: weft.plan_attention(q, k, v, plan, return_lse=True), x)  # type: ignore[return-value]
+        return evaluate(lambda q, k, v, _: weft.plan_attention(q, k, v, plan, softcap=CASE.softcap, return_lse=True), x)  # type: ignore[return-value]
 
     with override(*TILES):
         first = run()
         assert len(plan._warm) == 1
         again = [run() for _ in range(2)]
         with torch.no_grad():
-            out = weft.plan_attention(x.q, x.k, x.v, plan)
+            out = weft.plan_attention(x.q, x.k, x.v, plan, softcap=CASE.softcap)
     assert_matches_oracle(first, CASE, plan, x)
     for found in again:
         for (name, one), (_, other) in zip(first.items(), found.items(), strict=True):
