@@ -2,10 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 
 from weft_attn.kernels.hopper.addresses import write_addresses
 from weft_attn.kernels.hopper.channel import make_ring
+from weft_attn.kernels.hopper.compat import builtin, value_of
 from weft_attn.kernels.hopper.pair import (
     descriptor_parameter,
     make_pair,
@@ -55,8 +55,8 @@ def start(produce, consume, p, memory, CONSUMERS, CONSUMER_REGISTERS, IN_PAIRS, 
 
     In pairs, the three warps that Triton would add beside the producer to fill a warp group sit out.
     """
-    consumers, registers = _unwrap_if_constexpr(CONSUMERS), _unwrap_if_constexpr(CONSUMER_REGISTERS)
-    idle = [1, 2] if _unwrap_if_constexpr(IN_PAIRS) else []
+    consumers, registers = value_of(CONSUMERS), value_of(CONSUMER_REGISTERS)
+    idle = [1, 2] if value_of(IN_PAIRS) else []
     roles = [
         *((consume, (p, memory, gl.constexpr(consumer))) for consumer in range(consumers)),
         (produce, (p, memory)),
@@ -64,5 +64,5 @@ def start(produce, consume, p, memory, CONSUMERS, CONSUMER_REGISTERS, IN_PAIRS, 
     ]
     warps = [4] * (consumers - 1) + [1, *idle]
     kept = [registers] * (consumers - 1) + [PRODUCER_REGISTERS.value] * (1 + len(idle))
-    functions = [(_unwrap_if_constexpr(function), arguments) for function, arguments in roles]
+    functions = [(value_of(function), arguments) for function, arguments in roles]
     gl.warp_specialize(functions, warps, kept, _semantic=_semantic, _generator=_generator)
