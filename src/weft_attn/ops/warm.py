@@ -1,6 +1,6 @@
 """A forward whose tensors lie as those of one before it, under the same plan: what was checked of them holds, and what it launches is known.
 
-Half of the host's time of a short call would go to finding that out again (docs/adr/0016).
+More than a third of the host's time of a short call would go to finding that out again (docs/adr/0016).
 """
 
 from __future__ import annotations
